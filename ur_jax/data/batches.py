@@ -1,0 +1,257 @@
+"""Loading: evenly spaced subsets, batches of one static shape, whole data sets in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from ur_jax.data.pixels import PREPARATIONS, prepare
+from ur_jax.data.sources import ImageSource
+from ur_jax.errors import unknown_name
+
+
+class Unreadable(NamedTuple):
+    """An image that was skipped, and why."""
+
+    name: str
+    reason: str
+
+
+class ImageBatch(NamedTuple):
+    """B prepared images; a row whose `mask` is False is padding or stands for an unreadable image.
+
+    Attributes:
+      images: (B, H, W, 3) float32 in [0, 1]; an unreadable image is uniformly grey.
+      labels: (B,) int32; -1 for none.
+      indices: (B,) int64, positions in the source's listing; padding repeats the last one.
+      names: B names from the source; padding repeats the last one.
+      mask: (B,) bool.
+      unreadable: the images of this batch that could not be read.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    names: list[str]
+    mask: np.ndarray
+    unreadable: list[Unreadable]
+
+
+class DecodedImages(NamedTuple):
+    """The readable images of a small data set, in memory.
+
+    Attributes:
+      images: (N, H, W, 3) uint8.
+      labels: (N,) int32; -1 for none.
+      indices: (N,) int64, positions in the source's listing.
+      unreadable: the images left out.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    unreadable: list[Unreadable]
+
+
+def evenly_spaced(total: int, n: int) -> np.ndarray:
+    """Returns the n evenly spaced indices of a listing: floor(i (total - 1) / (n - 1)).
+
+    Args:
+      total: length of the listing.
+      n: number of indices, 1 <= n <= total; n = 1 gives index 0.
+
+    Returns:
+      (n,) int64, increasing, with the first and the last of the listing.
+
+    Raises:
+      ValueError: n < 1, or more samples than images.
+
+    Reference: section 4 of the paper's protocol; the authors' code computes the same.
+    """
+    if n < 1:
+        raise ValueError(f"Expected at least 1 sample, got {n}.")
+    if n > total:
+        raise ValueError(
+            f"Asked for {n} samples of a listing of {total} images; ask for at most {total}, or "
+            "give more images."
+        )
+    return np.linspace(0, total - 1, n).astype(np.int64)
+
+
+def image_batches(
+    source: ImageSource,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    input_size: tuple[int, int],
+    preparation: str,
+    batch_size: int,
+    num_workers: int = 0,
+    start: int = 0,
+) -> Iterator[ImageBatch]:
+    """Loads images in the order of `indices`, every batch of the same static shape.
+
+    The last batch is padded by repeating its last image. An image that cannot be read is masked
+    out, warned of and listed in its batch; it never stops the iteration.
+
+    Args:
+      source: from `open_images`.
+      indices: (N,) positions in the source's listing.
+      input_size: (H, W) of the encoder.
+      preparation: see `prepare`.
+      batch_size: B.
+      num_workers: Grain worker processes; 0 loads in threads of this one. Workers are spawned, so a
+        script needs `if __name__ == "__main__"`, and the first batch takes seconds longer.
+      start: number of leading batches to leave out: a resumed run gives those it has finished.
+
+    Returns:
+      An iterator of ceil(N / B) - start batches, the same for every `num_workers`.
+
+    Raises:
+      ValueError: at once, for an argument out of its range.
+    """
+    dataset = _dataset(
+        source, indices, input_size=input_size, preparation=preparation,
+        batch_size=batch_size, num_workers=num_workers, start=start,
+    )  # fmt: skip
+    return (
+        batch._replace(images=np.divide(batch.images, np.float32(255), dtype=np.float32))
+        for batch in _warned(dataset)
+    )
+
+
+def load_uint8(
+    source: ImageSource,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    input_size: tuple[int, int],
+    preparation: str,
+    num_workers: int = 0,
+) -> DecodedImages:
+    """Decodes a small data set once into memory, leaving out (and reporting) unreadable images.
+
+    Args:
+      source: from `open_images`.
+      indices: (N,) positions in the source's listing.
+      input_size: (H, W).
+      preparation: see `prepare`.
+      num_workers: as in `image_batches`.
+
+    Returns:
+      The readable images in the order of `indices`.
+
+    Raises:
+      ValueError: for an argument out of its range.
+    """
+    dataset = _dataset(
+        source, indices, input_size=input_size, preparation=preparation,
+        batch_size=256, num_workers=num_workers, start=0,
+    )  # fmt: skip
+    images = np.empty((len(indices), *input_size, 3), np.uint8)
+    labels, kept, unreadable = [], [], []
+    for batch in _warned(dataset):
+        count = len(kept)
+        readable = np.flatnonzero(batch.mask)
+        images[count : count + len(readable)] = batch.images[readable]
+        labels.extend(batch.labels[readable])
+        kept.extend(batch.indices[readable])
+        unreadable += batch.unreadable
+    return DecodedImages(
+        images[: len(kept)], np.array(labels, np.int32), np.array(kept, np.int64), unreadable
+    )
+
+
+class _Batches:
+    """Random access to whole uint8 batches, the elements that Grain loads in parallel and order."""
+
+    def __init__(self, source, indices, input_size, preparation, batch_size, start):
+        self._source, self._indices, self._start = source, indices, start
+        self._input_size, self._preparation = input_size, preparation
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._indices) // self._batch_size) - self._start
+
+    def __getitem__(self, number: int) -> ImageBatch:
+        size = self._batch_size
+        first = (self._start + number) * size
+        chosen = self._indices[first : first + size]
+        # Grey where unreadable: a zero image can have a zero representation, whose cosine is NaN.
+        images = np.full((size, *self._input_size, 3), 128, np.uint8)
+        labels = np.full(size, -1, np.int32)
+        mask = np.zeros(size, bool)
+        unreadable = []
+        for row, index in enumerate(map(int, chosen)):
+            try:
+                example = self._source[index]
+                images[row] = prepare(
+                    example.pixels, input_size=self._input_size, preparation=self._preparation
+                )
+            except Exception as error:  # Pillow alone raises a dozen kinds for damaged files
+                reason = f"{type(error).__name__}: {error}"
+                unreadable.append(Unreadable(self._source.name(index), reason))
+            else:
+                labels[row], mask[row] = example.label, True
+        last = len(chosen) - 1
+        images[last + 1 :], labels[last + 1 :] = images[last], labels[last]
+        padded = np.concatenate([chosen, np.repeat(chosen[-1:], size - len(chosen))])
+        names = [self._source.name(int(index)) for index in padded]
+        return ImageBatch(images, labels, padded, names, mask, unreadable)
+
+
+def _dataset(
+    source, indices, *, input_size, preparation, batch_size, num_workers, start
+) -> grain.IterDataset:
+    """Checks the arguments and builds the Grain pipeline of uint8 batches."""
+    indices = np.asarray(indices, np.int64)
+    if indices.ndim != 1:
+        raise ValueError(f"Expected a flat list of indices, got shape {indices.shape}.")
+    if indices.size and not (0 <= indices.min() and indices.max() < len(source)):
+        raise ValueError(
+            f"Expected indices in [0, {len(source)}) for {source.spec!r}, got "
+            f"{indices.min()} to {indices.max()}."
+        )
+    if len(input_size) != 2 or min(input_size) < 1:
+        raise ValueError(f"Expected input_size as positive (height, width), got {input_size}.")
+    if preparation not in PREPARATIONS:
+        raise unknown_name("preparation", preparation, PREPARATIONS)
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(
+            f"Expected batch_size >= 1 and num_workers >= 0, got {batch_size} and {num_workers}."
+        )
+    num_batches = -(-len(indices) // batch_size)
+    if not 0 <= start <= num_batches:
+        raise ValueError(
+            f"Expected start in [0, {num_batches}], the number of batches, got {start}."
+        )
+    batches = _Batches(source, indices, tuple(input_size), preparation, batch_size, start)
+    # Pillow releases the interpreter lock, so threads help a lone process; inside workers they only
+    # contend. The buffer is counted in batches.
+    threads = 1 if num_workers else 4
+    dataset = grain.MapDataset.source(batches).to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    )
+    if num_workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's processes ask absl, which only absl.app runs
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return dataset
+
+
+def _warned(dataset: grain.IterDataset) -> Iterator[ImageBatch]:
+    """Passes batches on, warning of each unreadable image."""
+    with contextlib.closing(iter(dataset)) as batches:  # ends the workers if the caller stops early
+        for batch in batches:
+            for name, reason in batch.unreadable:
+                warnings.warn(f"Skipped the unreadable image {name}: {reason}", stacklevel=3)
+            # A worker's arrays hold a file descriptor each for as long as they live: keep copies.
+            yield batch._replace(
+                labels=np.array(batch.labels),
+                indices=np.array(batch.indices),
+                mask=np.array(batch.mask),
+            )

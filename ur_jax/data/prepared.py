@@ -1,0 +1,120 @@
+"""Images from prepared tensorflow-datasets data sets, without TensorFlow."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import re
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from ur_jax.data.pixels import decode
+from ur_jax.data.sources import Example, ImageSource
+from ur_jax.errors import unknown_name
+
+
+class TfdsSource(ImageSource):
+    """A split of a prepared tensorflow-datasets data set, read without TensorFlow.
+
+    The stored bytes are decoded by Pillow: tensorflow-datasets itself would use cv2 where that is
+    installed, and the pixels would depend on the machine.
+    """
+
+    def __init__(self, name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None):
+        self.spec = f"tfds:{name}/{split}"
+        builder = _prepared_builder(self.spec, name, data_dir)
+        features = builder.info.features
+        images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+        labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+        self._image = _only(images, "image")
+        self._label = _only(labels, "label")
+        if self._image is None:
+            raise ValueError(
+                f"{self.spec!r}: expected a data set with an image feature 'image', found features "
+                f"{', '.join(features)}; choose an image classification data set."
+            )
+        for part in split.split("+"):
+            base = part.partition("[")[0].strip()
+            if base not in (*builder.info.splits, "all"):
+                raise unknown_name(f"split of tfds:{name}", base, builder.info.splits)
+        try:
+            subset = builder.info.splits[split]
+        except ValueError as error:
+            raise ValueError(
+                f"{self.spec!r}: {error} Expected a split such as test, train[:10%] or train+test."
+            ) from error
+        missing = [path.name for path in subset.filepaths if not path.exists()]
+        if missing or not subset.num_examples:
+            raise ValueError(
+                f"{self.spec!r}: expected a split with images, all its files in "
+                f"{builder.data_dir}; it has {subset.num_examples} images and misses "
+                f"{missing[:3] or 'no file'}; choose a larger slice or prepare the data set again."
+            )
+        try:
+            self._records = builder.as_data_source(
+                split, decoders={key: tfds.decode.SkipDecoding() for key in images}
+            )
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self.spec!r}: expected the random-access format array_record in "
+                f"{builder.data_dir}; convert it with `tfds convert_format "
+                f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record`."
+            ) from error
+        self._prefix = f"{builder.info.full_name}/{split}"
+        self.class_names = tuple(features[self._label].names or ()) if self._label else ()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def name(self, index: int) -> str:
+        return f"{self._prefix}/{index:07d}"
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        pixels = decode(io.BytesIO(record[self._image]))
+        return Example(pixels, int(record[self._label]) if self._label else -1, self.name(index))
+
+
+def _prepared_builder(spec: str, name: str, data_dir: str | os.PathLike[str] | None):
+    """Returns the builder of a data set on disk, or raises with what to do about it."""
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or None
+    if data_dir is not None and (Path(data_dir) / "dataset_info.json").is_file():
+        builder = tfds.builder_from_directory(data_dir)
+        if builder.name != re.split("[/:]", name)[0]:
+            raise ValueError(
+                f"{spec!r}: {data_dir} holds the data set {builder.name!r}; write tfds:"
+                f"{builder.name}/SPLIT or give another data_dir."
+            )
+        return builder
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)  # too many to list them all
+        near = difflib.get_close_matches(re.split("[/:]", name)[0], known)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+        raise ValueError(
+            f"Unknown tfds data set {name!r}{hint} Expected one that tfds.list_builders() lists, "
+            "or one prepared under data_dir (or TFDS_DATA_DIR)."
+        ) from None
+    except (AssertionError, ValueError) as error:
+        raise ValueError(
+            f"{spec!r}: expected a known config and version in NAME[/CONFIG][:VERSION]; "
+            f"tensorflow-datasets says: {error}"
+        ) from error
+    if not builder.is_prepared():
+        raise ValueError(
+            f"{spec!r}: expected the prepared data set at {builder.data_dir}, found none, and "
+            "nothing is downloaded here. Prepare it once where TensorFlow and a network are, "
+            f"`pip install tensorflow && tfds build {name} --file_format=array_record "
+            "--data_dir=DIR`, then give DIR as data_dir or TFDS_DATA_DIR."
+        )
+    return builder
+
+
+def _only(keys: list[str], usual: str) -> str | None:
+    """Returns the usual feature key if it is there, else the only one of its type, else None."""
+    if usual in keys:
+        return usual
+    return keys[0] if len(keys) == 1 else None
