@@ -1,0 +1,77 @@
+"""What there is to know about a published encoder: its network, its file, its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import numpy as np
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Rule(NamedTuple):
+    r"""Where one kind of source tensor goes.
+
+    Attributes:
+      source: regular expression that the whole key, without the prefix, must match.
+      destination: "/"-separated path below the network's variables, "params/..." or
+        "batch_stats/...", with \1, \2, ... for the groups of `source`.
+      layout: what happens to the tensor on its way: "same", "dense" ((out,in) -> (in,out)),
+        "conv" (OIHW -> HWIO), or a function of the array.
+    """
+
+    source: str
+    destination: str
+    layout: str | Callable[[np.ndarray], np.ndarray] = "same"
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderSpec:
+    """One of the benchmarked encoders.
+
+    Attributes:
+      name: its name in the paper's code and in ours.
+      title: the network in words, for tables.
+      reference: the paper that published it.
+      url: where its authors publish the file.
+      file_name: the expected file name.
+      licence: of the weights, where known.
+      network: makes the flax module, called with `folded=` and the items of `config`.
+      rules: where each source tensor goes.
+      groups: the entries of the file that hold tensors, e.g. ("state_dict",); () for a bare file.
+      prefix: what every used key starts with.
+      ignored: regular expressions of whole keys (prefix included) that are known and not used.
+      paper: the name of the output that the paper evaluates.
+      features: the name of the output that the paper's linear probe reads.
+      input_size: height and width.
+      preparation: "resize" or "resize_crop".
+      mean: per-channel mean.
+      std: per-channel standard deviation.
+      config_fn: (file contents, {key: shape}) -> keyword arguments of `network` that the file
+        itself decides, such as AMDIM's depth or SimCLR's width.
+    """
+
+    name: str
+    title: str
+    reference: str
+    url: str
+    file_name: str
+    licence: str
+    network: Callable[..., nn.Module]
+    rules: tuple[Rule, ...]
+    paper: str
+    features: str = "backbone"
+    groups: tuple[str, ...] = ("state_dict",)
+    prefix: str = ""
+    ignored: tuple[str, ...] = ()
+    input_size: tuple[int, int] = (224, 244)
+    preparation: str = "resize"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    config_fn: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], dict[str, Any]] = (
+        lambda contents, shapes: {}
+    )
