@@ -1,0 +1,72 @@
+"""What every script here shares: flags from a dataclass, presets, clear errors, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ur_jax.errors import unknown_name
+
+Config = TypeVar("Config")
+console = Console()
+
+
+def run(
+    main: Callable[[Config], Any], config: type[Config], presets: Mapping[str, Any] | None = None
+) -> None:
+    """Parses the command line into `config` and calls `main`; a bad value ends in one clear line.
+
+    Args:
+      main: the script.
+      config: frozen dataclass of its flags; with presets, its field `preset` names one of them.
+      presets: {name: defaults}, dataclass instances.
+    """
+    # One CPU device per core: XLA's convolution gradients otherwise keep to one core.
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    try:
+        main(parse(config, presets, sys.argv[1:]))
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        sys.exit(2)
+
+
+def parse(config: type[Config], presets: Mapping[str, Any] | None, args: list[str]) -> Config:
+    """Returns the configuration of a command line, on top of its preset."""
+    if presets is None:
+        return tyro.cli(config, args=args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default=next(iter(presets)))
+    preset = parser.parse_known_args(args)[0].preset
+    if preset not in presets:
+        raise unknown_name("preset", preset, presets)
+    return tyro.cli(config, args=args, default=presets[preset])
+
+
+def progress(iterable: Iterable[Any], description: str, total: int) -> Iterator[Any]:
+    """Passes items on under a progress bar with the time left; quiet where nobody watches."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield from bar.track(iterable, description=description, total=total)
+    if not console.is_terminal:
+        console.print(f"{description}: {total} batches done", highlight=False)

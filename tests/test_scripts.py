@@ -1,0 +1,143 @@
+"""Every script's `main` on tiny data, killed and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import command
+import evaluate
+import jax
+import knn
+import numpy as np
+import pytest
+import train
+from PIL import Image
+
+from ur_jax import checkpoints
+from ur_jax.encoders import published
+from ur_jax.encoders.networks import MocoV2Head, Network
+from ur_jax.encoders.layers import NormConfig
+from ur_jax.encoders.resnet import BasicBlock, ResNet
+from ur_jax.evaluation import EvaluationConfig
+
+SIZE = (8, 8)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes of twelve images: dark and bright noise."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for label, low in (("bright", 130), ("dark", 0)):
+        (folder / label).mkdir()
+        for i in range(12):
+            pixels = rng.integers(low, low + 120, (*SIZE, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i:02d}.png")
+    return f"folder:{folder}"
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Encoder "demo" with a network of a few hundred weights."""
+
+    def network(folded, group_size=None):
+        norm = NormConfig(group_size=group_size)
+        backbone = ResNet((1,), BasicBlock, width=4, stem="cifar", folded=folded, norm=norm)
+        return Network(backbone, MocoV2Head(6, 128))
+
+    spec = dataclasses.replace(published.ENCODERS["demo"], network=network, input_size=SIZE)
+    monkeypatch.setitem(published.ENCODERS, "demo", spec)
+
+
+def _stop_after(count):
+    """A progress bar that ends the process, as it were, before item `count`."""
+    left = itertools.count(count, -1)
+
+    def interrupted(iterable, *_):
+        for item in iterable:
+            if next(left) == 0:
+                raise KeyboardInterrupt
+            yield item
+
+    return interrupted
+
+
+def test_train_then_knn_then_evaluate(tiny, images, tmp_path, monkeypatch, capsys):
+    config = train.Config(
+        images=images, out=tmp_path / "whole", batch_size=8, num_epochs=3, group_size=4,
+        queue_size=16, view_size=8,
+    )  # fmt: skip
+    train.main(config)
+    # Killed in the second epoch, resumed: the same weights, bit for bit.
+    killed = dataclasses.replace(config, out=tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.command, "progress", _stop_after(4))
+        with pytest.raises(KeyboardInterrupt):
+            train.main(killed)
+    train.main(killed)
+    whole, killed = (
+        checkpoints.restore_encoder(tmp_path / name / "encoder") for name in ("whole", "killed")
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole[0], killed[0])
+    assert len((tmp_path / "killed" / "metrics.csv").read_text().splitlines()) == 1 + 3
+    with pytest.raises(ValueError, match="another configuration.*learning_rate"):
+        train.main(dataclasses.replace(config, learning_rate=0.1))
+
+    encoder = str(tmp_path / "whole" / "encoder")
+    knn.main(
+        knn.Config(encoder, images, images, k=3, batch_size=16, out=tmp_path / "knn.json")
+    )
+    accuracy = json.loads((tmp_path / "knn.json").read_text())["accuracy"]
+    assert accuracy["raw pixels"]["value"] == 1.0 and accuracy["demo"]["n"] == 24
+
+    protocol = EvaluationConfig(
+        num_images=10, eps=(0.05,), read_at=(1, 2), overlap_steps=1, breakaway_steps=1,
+        num_distribution=None, batch_size=8,
+    )  # fmt: skip
+    out = tmp_path / "evaluated"
+    config = evaluate.Config(encoder=encoder, images=images, out=out, protocol=protocol)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.command, "progress", _stop_after(5))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main(config)
+    assert not (out / "summary.json").exists()
+    evaluate.main(config)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["schema"] == 1 and len(summary["config"]["weights_sha256"]) == 64
+    assert {m["metric"] for m in summary["metrics"]} >= {"universal_quantile", "overlap_risk"}
+    for name in ("distances.png", "margins.png", "gallery.png"):
+        assert Image.open(out / name).size[0] > 300
+    evaluate.main(dataclasses.replace(config, out=tmp_path / "again"))
+    assert json.loads((tmp_path / "again" / "summary.json").read_text()) == summary
+    assert "overlap_risk" in capsys.readouterr().out
+
+
+def test_presets_give_defaults_that_flags_change():
+    args = ["--preset", "quick", "--encoder", "demo", "--images", "demo", "--out", "x", "--eps", "0.2"]
+    config = command.parse(evaluate.Config, evaluate.PRESETS, args)
+    assert config.protocol == dataclasses.replace(evaluate.PRESETS["quick"].protocol, eps=(0.2,))
+    with pytest.raises(ValueError, match="Unknown preset 'quik'.*'quick'"):
+        command.parse(evaluate.Config, evaluate.PRESETS, ["--preset", "quik"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"encoder": "demmo"}, "demo"),
+        ({"encoder": "resnet50"}, "resnet50-0676ba61.pth"),
+        ({"images": "folder:/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"images": "demos"}, "demo"),
+        ({"representation": "paperr"}, "'paper'"),
+    ],
+)
+def test_bad_flags_end_in_one_line(change, message, tmp_path, monkeypatch, capsys):
+    flags = {"encoder": "demo", "images": "demo", "out": str(tmp_path / "out")} | change
+    args = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *args])
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        command.run(evaluate.main, evaluate.Config, evaluate.PRESETS)
+    assert ended.value.code == 2
+    printed = capsys.readouterr().out
+    assert "error:" in printed and message in printed.replace("\n", " ") and "Traceback" not in printed

@@ -1,0 +1,439 @@
+"""The label-free table of one encoder: which attacks, on which images, and what is reported.
+
+`evaluate` wires the pure measures to images, devices and a run's folder. It goes through stages,
+each made of parts that are written as they finish; a killed run resumes at the first missing part
+and ends with the same numbers, since every random draw is keyed by the image it belongs to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ur_jax import metrics, sharding
+from ur_jax.attacks import AttackConfig, u_pgd
+from ur_jax.data import ImageBatch, ImageSource, evenly_spaced, image_batches
+from ur_jax.distances import distance
+from ur_jax.encoders.base import Encoder
+from ur_jax.intervals import Estimate
+from ur_jax.records import Run, write_table
+from ur_jax.types import Array
+
+DIVERGENCES = ("l1", "l2", "linf")
+_NUM_NEIGHBOURS = 5
+_NUM_SHOWN = 6
+_HISTORY = (
+    *(f"dist_{name}" for name in DIVERGENCES),
+    "cosine_similarity",
+    *(f"perturb_{name}" for name in DIVERGENCES),
+)
+# Streams of random numbers, one per use.
+_UNTARGETED, _TARGETED, _TARGETS, _OVERLAP, _PAIRS, _BREAKAWAY, _DISTRIBUTION = range(7)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """The label-free protocol; the defaults are the paper's (spec section 4).
+
+    Attributes:
+      num_images: images attacked, and pairs of the overlap risk (at most half of all images).
+      num_clean: images of the bank that breakaway risk and neighbours look in; None for all.
+      num_distribution: images of the distance distribution, a subset of the bank; None for all.
+      eps: radii of the attacks, linf, pixel units.
+      step_size: of every attack.
+      read_at: steps at which attacks are read.
+      overlap_eps, overlap_steps: the attacks on pairs.
+      breakaway_eps, breakaway_steps: the attack of breakaway risk and neighbour accuracy.
+      batch_size: images per batch, over all devices.
+      nearest_level: distances become quantiles by the nearest stored level, as in the authors'
+        code (departure 8), instead of by the exact distribution.
+      seed: of every random draw.
+
+    Raises:
+      ValueError: for a value out of range.
+    """
+
+    num_images: int = 1000
+    num_clean: int | None = None
+    num_distribution: int | None = 100_000
+    eps: tuple[float, ...] = (0.05, 0.10)
+    step_size: float = 0.001
+    read_at: tuple[int, ...] = (5, 10, 30, 50)
+    overlap_eps: float = 0.05
+    overlap_steps: int = 10
+    breakaway_eps: float = 0.05
+    breakaway_steps: int = 25
+    batch_size: int = 64
+    nearest_level: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.eps or not self.read_at or min(self.read_at) < 1:
+            raise ValueError(
+                f"Expected at least one eps and steps read_at >= 1, got {self.eps}, {self.read_at}."
+            )
+        for field in ("num_images", "num_clean", "num_distribution", "batch_size"):
+            value = getattr(self, field)
+            if value is not None and value < 2:
+                raise ValueError(f"Expected {field} >= 2, got {value}.")
+        for eps in (*self.eps, self.overlap_eps, self.breakaway_eps):
+            self.attack(eps, 1)
+
+    def attack(self, eps: float, num_steps: int) -> AttackConfig:
+        """The U-PGD of these settings."""
+        return AttackConfig(eps=eps, step_size=self.step_size, num_steps=num_steps)
+
+
+class Measurement(NamedTuple):
+    """One number of the table: the metric, what it was measured under, and its estimate."""
+
+    metric: str
+    divergence: str | None
+    eps: float
+    step: int
+    estimate: Estimate
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` returns; per-image values are in the run's tables.
+
+    Attributes:
+      measurements: the table.
+      unreadable: {image name: reason} of the images left out.
+      gallery: arrays of the first attacked images, for `report.gallery`.
+    """
+
+    measurements: list[Measurement]
+    unreadable: dict[str, str]
+    gallery: dict[str, np.ndarray]
+
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""progress(iterable, description, total) passes the items on and shows how far it is."""
+
+
+def evaluate(
+    encoder: Encoder,
+    source: ImageSource,
+    run: Run,
+    *,
+    config: EvaluationConfig,
+    mesh: Mesh | None = None,
+    num_workers: int = 0,
+    progress: Progress = lambda iterable, description, total: iterable,
+) -> Evaluation:
+    """Computes the label-free table of spec section 2, but for certification.
+
+    Args:
+      encoder: the encoder.
+      source: images, from `data.open_images`. Attacked images are evenly spaced in the listing,
+        and so are those of the bank.
+      run: the folder, from `records.open_run`; finished parts are not computed again. Per-image
+        values go to `attacks.parquet`, `pairs.parquet` and `neighbours.parquet`.
+      config: the protocol.
+      mesh: devices, from `sharding.data_mesh`; all local ones by default.
+      num_workers: processes that load images.
+      progress: shows progress.
+
+    Raises:
+      ValueError: for more samples than images, or a batch that does not divide over the devices.
+    """
+    mesh = sharding.data_mesh() if mesh is None else mesh
+    sharding.check_divisible(config.batch_size, mesh)
+    for num_images in (config.num_images, config.num_clean):
+        evenly_spaced(len(source), num_images or len(source))  # refuses before any work
+    stages = _Stages(
+        sharding.replicate(mesh, encoder), source, run, config, mesh, num_workers, progress
+    )
+    bank = stages.bank()
+    stages.attacks()
+    stages.overlap()
+    stages.breakaway()
+
+    distributions = _distributions(bank, config)
+    measurements = [
+        *_attack_table(run, distributions, config),
+        *_breakaway_table(run, bank, config, mesh),
+        *_overlap_table(run, config),
+    ]
+    return Evaluation(measurements, _unreadable(run), _gallery(run, bank, mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stages:
+    """What computes and writes the parts; see `evaluate` for the fields."""
+
+    encoder: Encoder
+    source: ImageSource
+    run: Run
+    config: EvaluationConfig
+    mesh: Mesh
+    num_workers: int
+    progress: Progress
+
+    def bank(self) -> dict[str, np.ndarray]:
+        """Clean representations of the bank: {"index" (N,), "clean" (N,D)}."""
+        total = len(self.source)
+        num_clean = total if self.config.num_clean is None else self.config.num_clean
+        self._stage(
+            "clean",
+            "clean representations",
+            evenly_spaced(total, num_clean),
+            lambda batch: {"clean": self._encode(batch)},
+        )
+        return self.run.read_parts("clean")
+
+    def attacks(self) -> None:
+        """Untargeted and targeted attacks of the same images at each eps."""
+        indices = evenly_spaced(len(self.source), self.config.num_images)
+        targets = _derangement(indices, self._key(_TARGETS))
+        num_steps = max(self.config.read_at) + 1  # entry t is read before step t
+        for eps in self.config.eps:
+            attack = self.config.attack(eps, num_steps)
+            for mode, stream in (("untargeted", _UNTARGETED), ("targeted", _TARGETED)):
+
+                def compute(batch, target=None):
+                    towards = None if target is None else self._encode(target)
+                    result = self._u_pgd(batch, stream, attack, towards)
+                    history = {name: getattr(result.history, name) for name in _HISTORY}
+                    return history | ({} if target is None else {"target": target.indices})
+
+                others = (targets,) if mode == "targeted" else ()
+                stage, title = f"{mode}_{eps:g}", f"{mode} attack, eps {eps:g}"
+                self._stage(stage, title, indices, compute, *others)
+
+    def overlap(self) -> None:
+        """Disjoint pairs, each image attacked towards the other."""
+        config = self.config
+        num_pairs = min(config.num_images, len(self.source) // 2)
+        indices = evenly_spaced(len(self.source), 2 * num_pairs)
+        indices = np.asarray(jax.random.permutation(self._key(_PAIRS), indices.astype(np.int32)))
+        attack = config.attack(config.overlap_eps, config.overlap_steps)
+
+        def compute(first, second):
+            x, y = self._encode(first), self._encode(second)
+            x_to_y = self._u_pgd(first, _OVERLAP, attack, y).representations
+            y_to_x = self._u_pgd(second, _OVERLAP, attack, x).representations
+            margins = {
+                f"margin_{d}": metrics.adversarial_margin(x, y, x_to_y, y_to_x, divergence=d)
+                for d in DIVERGENCES
+            }
+            clean = {f"clean_dist_{d}": distance(x, y, divergence=d) for d in DIVERGENCES}
+            return {"second": second.indices, **margins, **clean}
+
+        first, second = indices[:num_pairs], indices[num_pairs:]
+        self._stage("overlap", "pairs attacked both ways", first, compute, second)
+
+    def breakaway(self) -> None:
+        """The attack whose images are looked up among the clean ones."""
+        config = self.config
+        attack = config.attack(config.breakaway_eps, config.breakaway_steps)
+        indices = evenly_spaced(len(self.source), config.num_images)
+
+        def compute(batch):
+            result, clean = self._u_pgd(batch, _BREAKAWAY, attack, None), self._encode(batch)
+            if batch.indices[0] == indices[0]:
+                rows = evenly_spaced(len(batch.indices), min(_NUM_SHOWN, len(batch.indices)))
+                shown = {"images": batch.images, "attacked_images": np.asarray(result.images)}
+                shown["index"] = batch.indices
+                self.run.write_part("gallery", 0, {k: v[rows] for k, v in shown.items()})
+            return {"attacked": result.representations, "clean": clean}
+
+        self._stage("breakaway", "breakaway attack", indices, compute)
+
+    def _stage(
+        self,
+        stage: str,
+        title: str,
+        indices: np.ndarray,
+        compute: Callable[..., dict[str, Any]],
+        *more_indices: np.ndarray,
+    ) -> None:
+        """Computes the missing parts of a stage, one per batch."""
+        total = math.ceil(len(indices) / self.config.batch_size)
+        done = self.run.num_parts(stage)
+        if done == total:
+            return
+        batches = zip(*(self._batches(each, done) for each in (indices, *more_indices)), strict=True)
+        for number, group in enumerate(self.progress(batches, title, total - done), start=done):
+            values = jax.tree.map(np.asarray, compute(*group))
+            mask = np.logical_and.reduce([batch.mask for batch in group])
+            rows = {name: value[mask] for name, value in values.items()}
+            skipped = [image for batch in group for image in batch.unreadable]
+            rows["unreadable"] = np.array(skipped, np.str_).reshape(-1, 2)
+            self.run.write_part(stage, number, rows | {"index": group[0].indices[mask]})
+
+    def _batches(self, indices: np.ndarray, start: int) -> Iterator[ImageBatch]:
+        """The batches of some images, from number `start` on."""
+        return image_batches(
+            self.source,
+            indices,
+            input_size=self.encoder.input_size,
+            preparation=self.encoder.preparation,
+            batch_size=self.config.batch_size,
+            num_workers=self.num_workers,
+            start=start,
+        )
+
+    def _key(self, stream: int) -> Array:
+        """The key of one use of randomness."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), stream)
+
+    def _encode(self, batch: ImageBatch) -> Array:
+        """Clean representations (B,D) of a batch."""
+        return _encode(self.encoder, sharding.shard(self.mesh, batch.images))
+
+    def _u_pgd(self, batch: ImageBatch, stream: int, attack: AttackConfig, target: Array | None):
+        """`u_pgd` of a batch over the devices, each image's start drawn by its own index."""
+        fold = jax.vmap(jax.random.fold_in, (None, 0))
+        keys = fold(self._key(stream), batch.indices.astype(np.uint32))
+        images, keys = sharding.shard(self.mesh, (batch.images, keys))
+        return u_pgd(self.encoder, images, keys, config=attack, target=target)
+
+
+@jax.jit
+def _encode(encoder: Encoder, images: Array) -> Array:
+    """The encoder, compiled."""
+    return encoder(images)
+
+
+def _derangement(indices: np.ndarray, key: Array) -> np.ndarray:
+    """Gives every image another one as target: the next on a random cycle through all of them."""
+    order = np.asarray(jax.random.permutation(key, len(indices)))
+    targets = np.empty_like(indices)
+    targets[order] = indices[np.roll(order, -1)]
+    return targets
+
+
+def _distributions(
+    bank: dict[str, np.ndarray], config: EvaluationConfig
+) -> dict[str, metrics.DistanceDistribution]:
+    """Distribution of clean distances by each divergence, over an evenly spaced part of the bank."""
+    clean = bank["clean"]
+    wanted = len(clean) if config.num_distribution is None else config.num_distribution
+    chosen = jnp.asarray(clean[evenly_spaced(len(clean), min(wanted, len(clean)))])
+    key = jax.random.fold_in(jax.random.key(config.seed), _DISTRIBUTION)
+    return {d: metrics.distance_distribution(chosen, key, divergence=d) for d in DIVERGENCES}
+
+
+def _attack_table(run, distributions, config) -> Iterator[Measurement]:
+    """Measurements of the attacks at each eps and step; writes `attacks.parquet`."""
+    tables = []
+    for eps in config.eps:
+        for mode in ("untargeted", "targeted"):
+            part = run.read_parts(f"{mode}_{eps:g}")
+            values = {"cosine_similarity": {None: part["cosine_similarity"]}}
+            shares = {
+                d: metrics.universal_quantile(
+                    distributions[d], part[f"dist_{d}"], nearest_level=config.nearest_level
+                )
+                for d in DIVERGENCES
+            }
+            if mode == "untargeted":
+                values["universal_quantile"] = shares
+                values["normalised_distance"] = {
+                    d: metrics.normalised_distance(distributions[d], part[f"dist_{d}"])
+                    for d in DIVERGENCES
+                }
+            else:
+                del values["cosine_similarity"]  # robust is high against the clean image only
+                values["universal_quantile_targeted"] = shares
+                values["relative_quantile"] = {
+                    d: metrics.relative_quantile(part[f"dist_{d}"], part[f"dist_{d}"][:, :1])
+                    for d in DIVERGENCES
+                }
+            for name, by_divergence in values.items():
+                for d, value in by_divergence.items():
+                    for step in config.read_at:
+                        yield _measure(name, d, eps, step, np.asarray(value)[:, step])
+            tables.append(_attack_rows(part, mode, eps, shares))
+    columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    write_table(run.path / "attacks.parquet", columns)
+
+
+def _attack_rows(part, mode, eps, shares) -> dict[str, np.ndarray]:
+    """One row per image and step."""
+    num_images, num_steps = part["dist_l2"].shape
+    return {
+        "image": np.repeat(part["index"], num_steps),
+        "mode": np.full(num_images * num_steps, mode),
+        "target": np.repeat(part.get("target", np.full(num_images, -1)), num_steps),
+        "eps": np.full(num_images * num_steps, eps),
+        "step": np.tile(np.arange(num_steps), num_images),
+        **{name: part[name].ravel() for name in _HISTORY},
+        **{f"universal_quantile_{d}": np.asarray(share).ravel() for d, share in shares.items()},
+    }
+
+
+def _breakaway_table(run, bank, config, mesh) -> Iterator[Measurement]:
+    """Breakaway risk and neighbour accuracy, by l2; writes `neighbours.parquet`."""
+    part = run.read_parts("breakaway")
+    places = {index: row for row, index in enumerate(bank["index"])}
+    ranks = metrics.neighbour_ranks(
+        jnp.asarray(part["attacked"]),
+        jnp.asarray(part["clean"]),
+        bank["clean"],
+        own_index=np.array([places.get(index, -1) for index in part["index"]]),
+        mesh=mesh,
+    )
+    values = {
+        "breakaway_risk": metrics.breakaway_risk(ranks),
+        "top_1_accuracy": metrics.nearest_neighbour_hits(ranks, k=1),
+        "top_5_accuracy": metrics.nearest_neighbour_hits(ranks, k=5),
+    }
+    columns = {"image": part["index"], "rank": ranks.rank, "compared": ranks.compared}
+    write_table(
+        run.path / "neighbours.parquet", {name: np.asarray(x) for name, x in columns.items()}
+    )
+    for name, value in values.items():
+        yield _measure(name, "l2", config.breakaway_eps, config.breakaway_steps, value)
+
+
+def _overlap_table(run, config) -> Iterator[Measurement]:
+    """Margins and overlap risk; writes `pairs.parquet`."""
+    part = run.read_parts("overlap")
+    columns = {"first": part["index"], "second": part["second"]}
+    for d in DIVERGENCES:
+        columns |= {name: part[name] for name in (f"margin_{d}", f"clean_dist_{d}")}
+        margins = part[f"margin_{d}"]
+        margins = margins[np.isfinite(margins)]  # two copies of an image have none
+        for name, value in (
+            ("adversarial_margin", margins),
+            ("overlap_risk", (margins < 0).astype(np.float32)),
+        ):
+            yield _measure(name, d, config.overlap_eps, config.overlap_steps, value)
+    write_table(run.path / "pairs.parquet", columns)
+
+
+def _measure(name, divergence, eps, step, values) -> Measurement:
+    """Summarises the finite values: a ratio to the distance of two copies of an image is none."""
+    values = np.asarray(values)
+    estimate = metrics.summarise(name, values[np.isfinite(values)])
+    return Measurement(name, divergence, eps, step, estimate)
+
+
+def _unreadable(run: Run) -> dict[str, str]:
+    """{name: reason} of every image that some stage could not read."""
+    stages = sorted(path.name for path in (run.path / "parts").iterdir() if path.name != "gallery")
+    skipped = [run.read_parts(stage)["unreadable"] for stage in stages]
+    return dict(sorted(map(tuple, np.concatenate(skipped).tolist())))
+
+
+def _gallery(run: Run, bank: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
+    """The shown images, attacked, and the bank's rows nearest to them: "neighbours" (S,K)."""
+    gallery, attacked = run.read_parts("gallery"), run.read_parts("breakaway")["attacked"]
+    shown = run.read_parts("breakaway")["index"]
+    rows = [np.flatnonzero(shown == index)[0] for index in gallery["index"] if index in shown]
+    nearest = metrics.nearest_neighbours(
+        jnp.asarray(attacked[rows]), bank["clean"], k=min(_NUM_NEIGHBOURS, len(bank["clean"])), mesh=mesh
+    )
+    keep = np.isin(gallery["index"], shown)
+    gallery = {name: value[keep] for name, value in gallery.items()}
+    return gallery | {"neighbours": bank["index"][np.asarray(nearest.indices)]}

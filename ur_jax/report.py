@@ -1,0 +1,147 @@
+"""What a person sees of a run: the table on the terminal, and plots as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from ur_jax.evaluation import Measurement
+from ur_jax.metrics import METRICS
+from ur_jax.records import atomic_path
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend)
+
+_COLORS = {"untargeted": "#c2410c", "targeted": "#1d4ed8"}
+
+
+def label_free_table(
+    title: str, measurements: Sequence[Measurement], divergence: str = "l2"
+) -> Table:
+    """Rows of metric, setting, value with 95 % interval, n, and which direction is robust.
+
+    Args:
+      title: above the table.
+      measurements: of an evaluation.
+      divergence: the one to show.
+    """
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric", no_wrap=True)
+    for column in ("eps", "step", "value", "95 % interval", "n"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("robust")
+    shown = [m for m in measurements if m.divergence in (divergence, None)]
+    for name in dict.fromkeys(m.metric for m in shown):
+        for metric, _, eps, step, (value, low, high, n) in (m for m in shown if m.metric == name):
+            interval = f"{low:.3f} to {high:.3f}"
+            robust = METRICS[metric].robust
+            table.add_row(metric, f"{eps:g}", str(step), f"{value:.3f}", interval, str(n), robust)
+        table.add_section()
+    return table
+
+
+def plot_distances(path: Path, attacks: dict[str, np.ndarray], divergence: str = "l2") -> None:
+    """Distance against attack step, a panel per eps: median and the central 50 % and 90 %.
+
+    Args:
+      path: PNG to write.
+      attacks: columns of `attacks.parquet`.
+      divergence: which distance.
+    """
+    radii = np.unique(attacks["eps"])
+    figure, axes = plt.subplots(
+        1, len(radii), figsize=(5 * len(radii), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, eps in zip(axes[0], radii):
+        for mode, color in _COLORS.items():
+            rows = (attacks["eps"] == eps) & (attacks["mode"] == mode)
+            steps = attacks["step"][rows]
+            num_steps = steps.max() + 1
+            order = np.lexsort((steps, attacks["image"][rows]))
+            distances = attacks[f"dist_{divergence}"][rows][order].reshape(-1, num_steps)
+            q = np.quantile(distances, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
+            x = np.arange(num_steps)
+            label = "to the clean image" if mode == "untargeted" else "to the target"
+            axis.fill_between(x, q[0], q[4], color=color, alpha=0.12, linewidth=0)
+            axis.fill_between(x, q[1], q[3], color=color, alpha=0.25, linewidth=0)
+            axis.plot(x, q[2], color=color, label=f"{mode}: {label}")
+        axis.set(title=f"eps {eps:g}", xlabel="attack step")
+    axes[0, 0].set_ylabel(f"{divergence} distance of representations")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_margins(path: Path, pairs: dict[str, np.ndarray], divergence: str = "l2") -> None:
+    """Distribution of the margin ratio over pairs; below 0 the attacked images overlap.
+
+    Args:
+      path: PNG to write.
+      pairs: columns of `pairs.parquet`.
+      divergence: which margin.
+    """
+    margins = pairs[f"margin_{divergence}"]
+    margins = margins[np.isfinite(margins)]
+    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    axis.hist(margins, bins=min(50, max(10, len(margins) // 4)), color="#475569")
+    axis.axvline(0.0, color="#c2410c", linewidth=1.5)
+    risk = np.mean(margins < 0)
+    axis.set(
+        title=f"overlap risk {risk:.3f} of {len(margins)} pairs",
+        xlabel=f"margin ratio ({divergence}); left of 0 is overlap",
+        ylabel="pairs",
+    )
+    _save(figure, path)
+
+
+def plot_gallery(
+    path: Path,
+    images: np.ndarray,
+    attacked: np.ndarray,
+    neighbours: np.ndarray,
+    is_own: np.ndarray,
+) -> None:
+    """Image, perturbation, attacked image and the clean images nearest to the attacked one.
+
+    Args:
+      path: PNG to write.
+      images: originals (S,H,W,3) in [0,1].
+      attacked: attacked images, the same shape.
+      neighbours: clean images (S,K,H,W,3), nearest first.
+      is_own: (S,K) bool, where a neighbour is the image itself.
+    """
+    num_rows, num_neighbours = neighbours.shape[:2]
+    figure, axes = plt.subplots(
+        num_rows,
+        3 + num_neighbours,
+        figsize=(1.3 * (3 + num_neighbours), 1.4 * num_rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    delta = attacked - images
+    scale = 0.5 / max(float(np.abs(delta).max()), 1e-12)
+    for row, cells in enumerate(axes):
+        shown = (images[row], 0.5 + scale * delta[row], attacked[row], *neighbours[row])
+        for axis, picture in zip(cells, shown):
+            axis.imshow(np.clip(picture, 0.0, 1.0), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        for axis in cells[3:][is_own[row]]:
+            for side in axis.spines.values():
+                side.set(color="#15803d", linewidth=3)
+    titles = ["image", f"perturbation\n(times {scale:.0f})", "attacked"]
+    titles += [f"neighbour {k + 1}" for k in range(num_neighbours)]
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=8)
+    figure.supxlabel("green frame: the image itself", fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    """Writes a figure as PNG, atomically, and closes it."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    plt.close(figure)
