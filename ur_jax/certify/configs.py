@@ -1,0 +1,174 @@
+"""Settings of both certificates, refused before any sampling where they can never succeed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from ur_jax.certify.bounds import (
+    accepting_count,
+    check_level,
+    check_positive,
+    check_probability,
+    hoeffding_level,
+    order_statistic_rank,
+)
+from ur_jax.certify.enclosing import smallest_n0
+from ur_jax.errors import unknown_name
+
+CENTER_BOUNDS = ("exact", "hoeffding", "union", "betting")
+RANDOMIZED_BOUNDS = ("exact", "union", "betting")
+METRICS = ("l1", "l2", "linf")
+APPROXIMATION = 2.0
+"""The enclosing ball found has at most this many times the smallest radius."""
+
+
+@dataclass(frozen=True)
+class CenterConfig:
+    """Settings of center smoothing; the defaults are the paper's, with the exact bound.
+
+    Attributes:
+      sigma: standard deviation of the noise in pixel units, > 0.
+      eps_in: l2 radius of the inputs that are covered, in pixel units, > 0.
+      n0: samples that give the center; as many fresh ones check it.
+      n: samples that bound the quantile; the cap where the test is adaptive.
+      alpha1: failure probability of the center, in (0,1). See `center_smoothing`.
+      alpha2: failure probability of the bound on the quantile, in (0,1).
+      delta: the ball about the center holds at least 1/2 - delta of the probability, in (0, 1/2).
+      bound: "exact" is the binomial order statistic and binomial bounds of the center's check;
+        "hoeffding" gives the published code's numbers, Hoeffding's inequality and an interpolated
+        quantile; "union" and "betting" test thresholds sequentially on one stream of fresh samples,
+        which also checks the center, by the confidence sequence of that name.
+      divergence: "l1", "l2" or "linf": a metric, since the proof needs the triangle inequality.
+      eps_out_values: the thresholds that an adaptive test decides, in units of the divergence. By
+        default a grid about the estimate from the first n0 samples.
+      tolerance: relative width of eps_out to stop at, where the grid is the default one.
+      clip: whether noisy images are clipped to [0,1].
+      step: samples between two decisions of one image.
+    """
+
+    sigma: float = 0.25
+    eps_in: float = 0.25
+    n0: int = 10_000
+    n: int = 100_000
+    alpha1: float = 0.005
+    alpha2: float = 0.005
+    delta: float = 0.05
+    bound: Literal["exact", "hoeffding", "union", "betting"] = "exact"
+    divergence: Literal["l1", "l2", "linf"] = "l2"
+    eps_out_values: tuple[float, ...] = ()
+    tolerance: float = 0.05
+    clip: bool = False
+    step: int = 128
+
+    def __post_init__(self):
+        for name in ("sigma", "eps_in", "n0", "n", "step", "tolerance"):
+            check_positive(name, getattr(self, name))
+        check_probability("alpha1", self.alpha1)
+        check_probability("alpha2", self.alpha2)
+        if not 0.0 < self.delta < 0.5:
+            raise ValueError(f"Expected delta in (0, 0.5), got {self.delta}; the paper has 0.05.")
+        if self.bound not in CENTER_BOUNDS:
+            raise unknown_name("bound", self.bound, CENTER_BOUNDS)
+        if self.divergence not in METRICS:
+            raise ValueError(
+                f"Expected a divergence that is a metric ({', '.join(METRICS)}), got "
+                f"{self.divergence!r}: the certificate needs the triangle inequality. For cosine, "
+                "normalise the representations and use l2: its square is twice the cosine distance."
+            )
+        if any(not 0 < v < math.inf for v in self.eps_out_values):
+            raise ValueError(f"Expected finite eps_out_values > 0, got {self.eps_out_values}.")
+        self._check_n0()
+        check_level(self.level, f"eps_in {self.eps_in:g}", self.sigma)
+        if self.bound == "hoeffding":
+            hoeffding_level(self.n, self.level, self.alpha2)
+        else:
+            order_statistic_rank(self.n, self.level, self.alpha2 / (2 if self.adaptive else 1))
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the test may stop before n samples."""
+        return self.bound in ("union", "betting")
+
+    @property
+    def level(self) -> float:
+        """Level of the quantile to bound, Phi(Phi^-1(1/2 + delta) + eps_in / sigma)."""
+        return float(stats.norm.cdf(stats.norm.ppf(0.5 + self.delta) + self.eps_in / self.sigma))
+
+    @property
+    def factor(self) -> float:
+        """eps_out over the bounded quantile: 1 + the ball's approximation."""
+        return 1.0 + APPROXIMATION
+
+    def _check_n0(self):
+        """Raises ValueError if n0 samples cannot find a center at delta and alpha1."""
+        if self.bound == "hoeffding":
+            needed = math.ceil(math.log(2 / self.alpha1) / (2 * self.delta**2))
+        else:
+            needed = smallest_n0(self.delta, self.alpha1 / 2)
+        if self.n0 < needed:
+            raise ValueError(
+                f"Expected n0 >= {needed} for a center at delta {self.delta:g} and alpha1 "
+                f"{self.alpha1:g}, got {self.n0}. Use n0 = {needed} or more, or a larger delta."
+            )
+
+
+@dataclass(frozen=True)
+class RandomizedConfig:
+    """Settings of randomized smoothing; the defaults are the paper's.
+
+    Attributes:
+      sigma: standard deviation of the noise in pixel units, > 0.
+      n0: samples that select the class, >= 1.
+      n: samples of the test; the cap where it is adaptive.
+      alpha: failure probability of a certificate, in (0,1). See `randomized_smoothing`.
+      bound: "exact" draws all n samples and bounds by Clopper-Pearson; "union" and "betting" stop
+        as soon as the answer is clear, by the confidence sequence of that name.
+      radii: l2 radii to decide, in pixel units. An adaptive test stops once all are decided.
+      tolerance: without radii, an adaptive test stops once the certified radius is within this of
+        what is still in reach, in pixel units; sigma / 10 by default.
+      clip: whether noisy images are clipped to [0,1], as the reference does.
+      step: samples between two decisions of one image.
+    """
+
+    sigma: float = 0.25
+    n0: int = 100
+    n: int = 100_000
+    alpha: float = 0.001
+    bound: Literal["exact", "union", "betting"] = "exact"
+    radii: tuple[float, ...] = ()
+    tolerance: float | None = None
+    clip: bool = True
+    step: int = 128
+
+    def __post_init__(self):
+        check_positive("sigma", self.sigma)
+        check_probability("alpha", self.alpha)
+        for name in ("n0", "n", "step"):
+            check_positive(name, getattr(self, name))
+        if self.bound not in RANDOMIZED_BOUNDS:
+            raise unknown_name("bound", self.bound, RANDOMIZED_BOUNDS)
+        if any(not 0 <= r < math.inf for r in self.radii):
+            raise ValueError(f"Expected finite radii >= 0 in pixel units, got {self.radii}.")
+        if self.tolerance is not None:
+            check_positive("tolerance", self.tolerance)
+        share = self.alpha if self.bound == "exact" else self.alpha / 2
+        for radius in self.radii or (0.0,):
+            level = float(stats.norm.cdf(radius / self.sigma))
+            check_level(level, f"radius {radius:g}", self.sigma)
+            if int(accepting_count(self.n, level, share)) > self.n:
+                needed = math.ceil(math.log(share) / math.log(level))
+                raise ValueError(
+                    f"Expected n >= {needed} to certify radius {radius:g} at sigma {self.sigma:g} "
+                    f"and alpha {self.alpha:g}, got {self.n}: not even {self.n} successes would "
+                    f"do. Use n = {needed} or more, or smaller radii."
+                )
+
+    @property
+    def levels(self) -> np.ndarray:
+        """Probability of the class that makes each radius robust, [J]."""
+        return stats.norm.cdf(np.asarray(self.radii) / self.sigma)

@@ -1,0 +1,329 @@
+"""Randomized smoothing (Cohen et al. 2019): a certified l2 radius for any classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from scipy import stats
+
+from ur_jax.certify.adaptive import Table, level_table, looking_times, tolerance_table
+from ur_jax.certify.bounds import clopper_pearson_lower, confidence_sequence
+from ur_jax.certify.classifiers import num_classes
+from ur_jax.certify.configs import RandomizedConfig
+from ur_jax.certify.sampling import Rows, num_selection_pieces, stream
+from ur_jax.sharding import data_mesh
+from ur_jax.types import Array, Key
+
+_NEVER = np.iinfo(np.int32).max
+
+
+class RadiusCertificate(NamedTuple):
+    """Certificate of one image by randomized smoothing.
+
+    Attributes:
+      predicted: the class selected by the first n0 samples; certified unless `abstained`.
+      abstained: whether nothing is certified.
+      reason: why, or "".
+      radius: certified l2 radius in pixel units; 0 where it abstained.
+      decisions: one of "robust", "not robust", "undecided" for each of the configured radii.
+        "not robust" is a statement about the smoothed classifier or, at the cap, out of reach.
+      lower: lower confidence bound of the probability of the class.
+      count: samples of the test that gave the class.
+      n: samples of the test that were drawn.
+      num_drawn: all samples drawn.
+      num_bad: samples whose logits are not finite.
+    """
+
+    predicted: int
+    abstained: bool
+    reason: str
+    radius: float
+    decisions: tuple[str, ...]
+    lower: float
+    count: int
+    n: int
+    num_drawn: int
+    num_bad: int
+
+
+def lower_bound(count: int, n: int, config: RandomizedConfig) -> float:
+    """Returns the lower bound of the class probability after n samples of the test.
+
+    With another `config.alpha` than at sampling, this derives the certificate anew: a fixed bound
+    and a confidence sequence hold for each alpha that is chosen without looking at the counts.
+    """
+    if config.bound == "exact":
+        return float(clopper_pearson_lower(count, n, config.alpha))
+    return float(_sequence(config).lower(count, n))
+
+
+def certified_radius(lower: float, sigma: float) -> float:
+    """Returns sigma Phi^-1(lower), the l2 radius; 0 unless lower > 1/2 (Cohen et al., eq. 3)."""
+    return float(sigma * stats.norm.ppf(lower)) if lower > 0.5 else 0.0
+
+
+def randomized_smoothing(
+    classifier: Callable[[Array], Array],
+    images: Iterable[Array],
+    key: Key,
+    *,
+    config: RandomizedConfig,
+    indices: Iterable[int] | None = None,
+    mesh: Mesh | None = None,
+    batch_size: int = 64,
+    on_progress: Callable[[int], Any] = lambda num_samples: None,
+) -> Iterator[tuple[int, RadiusCertificate]]:
+    """Certifies the smoothed classifier g(x) = argmax_c P(classifier(x + noise) = c) on images.
+
+    **Guarantee.** Let p be the probability that the selected class is given under noise. For each
+    image, over its own noise: with probability at least 1 - alpha, g is that class everywhere
+    within the l2 radius `radius`, and every radius decided "robust" is one. For the adaptive bounds
+    this holds of all radii together and at whatever time the test stopped. Those bounds also
+    decide "not robust"; some radius with Phi(radius / sigma) <= p is wrongly decided so, before the
+    cap puts it out of reach, with probability at most alpha as well. Clipping is part of the
+    classifier that is smoothed. Nothing is joint over images.
+
+    Args:
+      classifier: maps images [B,H,W,C] to logits [B,K]; a pytree such as `Classifier`, or a plain
+        jittable function, which is compared by identity.
+      images: images [H,W,C] float32 in [0,1], or one array [N,H,W,C]; taken as places free up.
+      key: typed key of the run; noise depends on it, the index and the sample alone.
+      config: the settings.
+      indices: index of each image, which keys its noise; 0, 1, ... by default.
+      mesh: devices to use; all local ones by default.
+      batch_size: samples per device and forward pass; see `memory.fit_batch_size`.
+      on_progress: called every few seconds with the number of samples since the last call.
+
+    Yields:
+      (index, certificate) as images are decided; not in the order of the images.
+
+    Raises:
+      ValueError: if the classifier's output is not [B,K] with K >= 2.
+
+    Reference: Cohen, Rosenfeld and Kolter (2019), Certify in Algorithm 2; Voracek (2024).
+    """
+    outcomes = _run(
+        classifier, images, key, config, config.n, indices, mesh, batch_size, on_progress
+    )
+    for outcome in outcomes:
+        yield outcome.index, _certificate(outcome, config)
+
+
+class Prediction(NamedTuple):
+    """Prediction of the smoothed classifier for one image.
+
+    Attributes:
+      predicted: the class seen most often.
+      abstained: whether the runner-up is too close, or an output was not finite.
+      counts: how often each class was seen, [K].
+      p_value: of the two-sided binomial test that the first two classes are equally likely.
+    """
+
+    predicted: int
+    abstained: bool
+    counts: np.ndarray
+    p_value: float
+
+
+def smoothed_predictions(
+    classifier: Callable[[Array], Array],
+    images: Iterable[Array],
+    key: Key,
+    *,
+    config: RandomizedConfig,
+    indices: Iterable[int] | None = None,
+    mesh: Mesh | None = None,
+    batch_size: int = 64,
+) -> Iterator[tuple[int, Prediction]]:
+    """Predicts by the smoothed classifier from n0 samples each, or abstains.
+
+    **Guarantee.** For each image, with probability at least 1 - alpha over its noise, the
+    prediction abstains or is the class of the smoothed classifier.
+
+    Args:
+      classifier: as of `randomized_smoothing`, and so are the others.
+      images: see there.
+      key: see there.
+      config: sigma, alpha, clip, step and n0, the number of samples.
+      indices: see there.
+      mesh: see there.
+      batch_size: see there.
+
+    Yields:
+      (index, prediction) as images are done.
+
+    Reference: Cohen et al. (2019), Predict in Algorithm 1; Hung and Fithian (2019).
+    """
+    for outcome in _run(classifier, images, key, config, 0, indices, mesh, batch_size, _ignore):
+        second, first = np.sort(outcome.counts)[-2:]
+        p_value = stats.binomtest(int(first), int(first + second)).pvalue if first else 1.0
+        abstained = bool(p_value > config.alpha or outcome.num_bad)
+        predicted = int(outcome.counts.argmax())
+        yield outcome.index, Prediction(predicted, abstained, outcome.counts, float(p_value))
+
+
+def certified_accuracy(radius: np.ndarray, correct: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Fraction of images that are correct and certified at each radius.
+
+    Args:
+      radius: [N] certified radii, 0 where it abstained.
+      correct: [N] bool, not abstained and the label predicted.
+      radii: [J] radii to evaluate at.
+
+    Returns:
+      [J] float64. At radius 0 an image has to be correct and not abstained.
+    """
+    radius, correct = np.asarray(radius), np.asarray(correct, bool)
+    return (correct[:, None] & (radius[:, None] >= np.asarray(radii))).mean(axis=0)
+
+
+def average_certified_radius(
+    radius: np.ndarray, correct: np.ndarray, *, only_correct: bool = False
+) -> float:
+    """Mean certified radius, in pixel units.
+
+    Args:
+      radius: [N] certified radii, 0 where it abstained.
+      correct: [N] bool, not abstained and the label predicted.
+      only_correct: False is MACER's definition, where an incorrect image counts 0; True is what the
+        published code computes, the mean over correct images only (0 if there is none).
+
+    Reference: Zhai et al., MACER (2020), equation for ACR.
+    """
+    correct = np.asarray(correct, bool)
+    total = float(np.where(correct, radius, 0.0).sum())
+    return total / max(int(correct.sum()) if only_correct else correct.size, 1)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Counts classes; selects the most frequent one, then tests its probability."""
+
+    sigma: float
+    clip: bool
+    n0: int
+    n: int
+    step: int
+    num_events: int
+    first: int = 0
+
+    def observe(self, model, extra, images):
+        """One event per class: it has the largest logit."""
+        logits = model(images)
+        finite = jnp.isfinite(logits).all(axis=1)
+        return jax.nn.one_hot(logits.argmax(axis=1), self.num_events, dtype=jnp.int32), finite
+
+    def decide(self, tables: Table, rows: Rows) -> Rows:
+        """Selects after n0 samples; then looks the class's count up."""
+        selection = num_selection_pieces(self)
+        if self.n == 0:
+            return rows
+        selects = rows.pieces == selection
+        top, verdicts = rows.answer
+        top = jnp.where(selects, rows.counts.argmax(axis=1).astype(jnp.int32), top)
+        counts = jnp.where(selects[:, None], 0, rows.counts)
+        count = jnp.take_along_axis(counts, top[:, None], axis=1)
+        time = jnp.maximum(rows.pieces - selection - 1, 0)
+        yes, no = count >= tables.accept[time], count <= tables.reject[time]
+        news = jnp.where(yes, 1, jnp.where(no, -1, 0)).astype(jnp.int8)
+        open_ = (verdicts == 0) & (rows.pieces > selection)[:, None]
+        verdicts = jnp.where(open_, news, verdicts)
+        return rows._replace(
+            counts=counts, answer=(top, verdicts), done=rows.done | (verdicts != 0).all(axis=1)
+        )
+
+
+def _ignore(num_samples):
+    """Ignores progress."""
+
+
+def _sequence(config):
+    """The confidence sequence of an adaptive configuration."""
+    return confidence_sequence(config.bound, alpha=config.alpha, n_max=config.n, step=config.step)
+
+
+def _tables(config):
+    """The stopping thresholds; one question per radius, or one in all."""
+    times = looking_times(config.n, config.step)
+    if config.bound == "exact":
+        never = np.full((len(times), 1), _NEVER, np.int32)
+        return Table(never, -np.ones_like(never))
+    if config.radii:
+        return level_table(_sequence(config), times, config.levels)
+    tolerance = config.tolerance or 0.1 * config.sigma
+    return tolerance_table(_sequence(config), times, sigma=config.sigma, tolerance=tolerance)
+
+
+def _run(classifier, images, key, config, n, indices, mesh, batch_size, on_progress):
+    """Streams the outcomes of counting classes, with n samples after the selection."""
+    images = iter(images)
+    head = next(images, None)
+    if head is None:
+        return
+    head = jnp.asarray(head, jnp.float32)
+    if jax.tree_util.all_leaves([classifier]):  # a plain function
+        classifier = jax.tree_util.Partial(classifier)
+    method = _Classes(
+        sigma=config.sigma, clip=config.clip, n0=config.n0, n=n, step=config.step,
+        num_events=num_classes(classifier, head.shape),
+    )
+    tables = _tables(config)
+    indices = iter(indices) if indices is not None else iter(range(_NEVER))
+
+    def jobs():
+        yield next(indices), head, ()
+        for image, index in zip(images, indices):  # no index is taken without an image
+            yield index, image, ()
+
+    yield from stream(
+        classifier,
+        jobs(),
+        key,
+        method=method,
+        tables=tables,
+        answer=(np.int32(0), np.zeros(tables.accept.shape[1], np.int8)),
+        mesh=mesh or data_mesh(),
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+
+
+def _certificate(outcome, config):
+    """The certificate from an image's counts."""
+    top, verdicts = outcome.answer
+    pieces = outcome.pieces - num_selection_pieces(config)
+    n = min(max(pieces, 0) * config.step, config.n)
+    count = int(outcome.counts[top]) if pieces > 0 else 0
+    lower = lower_bound(count, n, config) if n else 0.0
+    reason = ""
+    if outcome.num_bad:
+        lower, reason = 0.0, "logits not finite"
+    elif lower <= 0.5:
+        reason = "no class clearly has the majority"
+    radius = certified_radius(lower, config.sigma)
+    if config.bound == "exact" or reason == "logits not finite":
+        words = ["robust" if lower > 0.5 and lower >= p else "undecided" for p in config.levels]
+    else:
+        words = [{1: "robust", -1: "not robust", 0: "undecided"}[int(v)] for v in verdicts]
+        words = words if config.radii else []
+    # A radius that is decided while the bound has moved back stays decided: see the guarantee.
+    robust = [r for r, word in zip(config.radii, words) if word == "robust"]
+    radius = max([radius, *robust])
+    return RadiusCertificate(
+        predicted=int(top),
+        abstained=not (lower > 0.5 or robust),
+        reason="" if robust else reason,
+        radius=radius,
+        decisions=tuple(words),
+        lower=lower,
+        count=count,
+        n=n,
+        num_drawn=config.n0 + n,
+        num_bad=outcome.num_bad,
+    )

@@ -1,0 +1,172 @@
+"""Encoders by name: from a converted checkpoint, a published file, or this package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ur_jax import checkpoints, weights
+from ur_jax.encoders.base import Encoder, from_fn
+from ur_jax.encoders.layers import fold_batch_norm
+from ur_jax.encoders.networks import NetworkFn
+from ur_jax.encoders.published import ENCODERS
+from ur_jax.encoders.spec import EncoderSpec
+from ur_jax.errors import unknown_name
+from ur_jax.types import PyTree
+
+_PRETRAINED = Path(__file__).parent / "pretrained"
+_PACKAGED = ("demo",)
+
+
+def load_encoder(
+    path: str | os.PathLike,
+    name: str | None = None,
+    representation: str = "paper",
+    dtype: str = "float32",
+    *,
+    fold: bool = True,
+    prefix: str | None = None,
+) -> Encoder:
+    """Loads an encoder with its weights.
+
+    Args:
+      path: a checkpoint directory that `experiments/convert_weights.py` made, a published file
+        (`.pth`, `.pth.tar`, `.pt`, `.safetensors`), or "demo", which ships with the package.
+      name: which encoder a published file holds, see `list_encoders`; a checkpoint knows its own.
+      representation: "paper" (what the paper evaluates), "features" (what its linear probe
+        reads), "backbone", "projection" (the whole published head) or another output.
+      dtype: compute dtype, "float32" or "bfloat16".
+      fold: fold BatchNorm into the convolutions, which is faster and equal but for rounding.
+      prefix: for a file whose keys start otherwise than the published ones, e.g. "backbone.".
+
+    Returns:
+      The encoder. Loading other weights of the same network compiles nothing anew.
+
+    Raises:
+      FileNotFoundError: if there is nothing at `path`.
+      ImportError: if a file needs PyTorch and it is not installed.
+      ValueError: for an unknown name or representation; for a damaged, malicious or ill-fitting
+        file or checkpoint; for weights that are NaN or infinite.
+    """
+    if name is not None and name not in ENCODERS:
+        raise unknown_name("encoder", name, ENCODERS)
+    location = os.fspath(path)
+    if location in _PACKAGED:
+        location = str(_PRETRAINED / location)
+    if "://" in location or os.path.isdir(location):
+        if prefix is not None:
+            raise ValueError(f"Expected no prefix for a checkpoint directory, got {prefix!r}.")
+        variables, spec, config = _restore(location, name)
+    elif os.path.exists(location):
+        if name is None:
+            valid = ", ".join(spec.name for spec in ENCODERS.values() if spec.rules)
+            raise ValueError(f"Expected the encoder's name with the file {path}; one of: {valid}.")
+        spec = ENCODERS[name]
+        variables, config, _ = weights.load_published(location, spec, prefix=prefix)
+    else:
+        raise FileNotFoundError(_nothing_at(location))
+    if fold:
+        variables = fold_batch_norm(variables)
+    return _encoder(spec, _to_device(variables), config, representation, dtype, fold)
+
+
+def make_encoder(
+    spec: EncoderSpec,
+    variables: PyTree,
+    config: Mapping[str, Any] | None = None,
+    representation: str = "paper",
+    dtype: str = "float32",
+    *,
+    fold: bool = True,
+) -> Encoder:
+    """Makes an encoder of a known network from its variables, such as those in training.
+
+    Args:
+      spec: the encoder, an entry of `ENCODERS`.
+      variables: {"params"[, "batch_stats"]} with BatchNorm unfolded.
+      config: keyword arguments of its network.
+      representation: as in `load_encoder`.
+      dtype: as in `load_encoder`.
+      fold: as in `load_encoder`.
+
+    Raises:
+      ValueError: for an unknown representation or dtype, or weights that are NaN or infinite.
+    """
+    if fold:
+        variables = fold_batch_norm(jax.tree.map(np.asarray, variables))
+    return _encoder(spec, variables, config, representation, dtype, fold)
+
+
+def representation_dimensions(
+    spec: EncoderSpec, config: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """Returns {output of the encoder's network: its dimension}."""
+    network = spec.network(folded=True, **config or {})
+    images = jax.ShapeDtypeStruct((1, *spec.input_size, 3), jnp.float32)
+    outputs, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), images)
+    return {name: output.shape[-1] for name, output in outputs.items()}
+
+
+def weights_hash(encoder: Encoder) -> str:
+    """Returns the SHA-256 of an encoder's parameters as it uses them, for records."""
+    return checkpoints.tree_hash(encoder.params)
+
+
+def _encoder(spec, variables, config, representation, dtype, fold) -> Encoder:
+    """The encoder of variables that are folded already, if `fold`."""
+    output = {"paper": spec.paper, "features": spec.features}.get(representation, representation)
+    dimensions = representation_dimensions(spec, config)
+    if output not in dimensions:
+        raise unknown_name("representation", representation, ("paper", "features", *dimensions))
+    return from_fn(
+        NetworkFn(spec.network(folded=fold, **config or {}), output),
+        variables,
+        input_size=spec.input_size,
+        name=spec.name,
+        preparation=spec.preparation,
+        mean=spec.mean,
+        std=spec.std,
+        representation=representation,
+        dtype=dtype,
+    )
+
+
+def _to_device(tree: dict[str, Any]) -> dict[str, Any]:
+    """Moves the arrays of a nested dict, emptying it: a large file is never in memory twice."""
+    move = lambda node: _to_device(node) if isinstance(node, dict) else jax.device_put(node)
+    return {name: move(tree.pop(name)) for name in list(tree)}
+
+
+def _restore(path: str, name: str | None) -> tuple[PyTree, EncoderSpec, dict[str, Any]]:
+    """Variables, encoder and network configuration of a checkpoint directory."""
+    variables, metadata = checkpoints.restore_encoder(path)
+    stored = metadata["encoder"]
+    if stored not in ENCODERS:
+        raise unknown_name("encoder in checkpoint", stored, ENCODERS)
+    if name not in (None, stored):
+        raise ValueError(f"Expected encoder {name!r}, but {path} holds {stored!r}; leave name out.")
+    # JSON has no tuples, and the network must stay hashable.
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["config"].items()}
+    weights.check_variables(variables, ENCODERS[stored], config, path)
+    return variables, ENCODERS[stored], config
+
+
+def _nothing_at(path: str) -> str:
+    """The message for a path where nothing is."""
+    if path in ENCODERS:
+        spec = ENCODERS[path]
+        return (
+            f"Encoder {path!r} does not ship with the package: fetch {spec.file_name} "
+            f"({spec.url}) and pass it as path, with name={path!r}."
+        )
+    packaged = ", ".join(_PACKAGED)
+    return (
+        f"There is no checkpoint or file at {path}; expected an existing path, or an encoder that "
+        f"ships with the package: {packaged}."
+    )
