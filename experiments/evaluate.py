@@ -54,9 +54,7 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    encoder = ur_jax.load_encoder(
-        config.encoder, config.name, config.representation, config.dtype
-    )
+    encoder = ur_jax.load_encoder(config.encoder, config.name, config.representation, config.dtype)
     source = data.open_images(config.images)
     described = {
         "encoder": encoder.name,

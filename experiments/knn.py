@@ -1,6 +1,7 @@
 """k-nearest-neighbour accuracy of an encoder, beside that of the raw pixels.
 
-    python experiments/knn.py --encoder demo --images folder:cifar10/train --test-images folder:cifar10/test
+    python experiments/knn.py --encoder demo \\
+        --images folder:cifar10/train --test-images folder:cifar10/test
 
 Cosine similarity, a vote of k neighbours weighted by exp(similarity / 0.07) (Wu et al. 2018). Needs
 labels: sub-folders, or a labelled tfds data set.
@@ -15,7 +16,6 @@ import command
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import ur_jax
 from ur_jax import data, metrics, records, sharding

@@ -1,6 +1,6 @@
 """Sees label-free robustness happen: the demo encoder on the demo images, in minutes on a laptop.
 
-    python experiments/quickstart.py
+python experiments/quickstart.py
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ def main(config: Config) -> None:
     evaluate.main(dataclasses.replace(quick, encoder="demo", images="demo", out=config.out))
     command.console.print(
         f"""
-That took {time.monotonic() - started:.0f} s. Look at {config.out}/gallery.png: perturbations of at most 0.05 move an
-image's representation (a ResNet-20 trained without labels) to those of other pictures.
+That took {time.monotonic() - started:.0f} s. Look at {config.out}/gallery.png: perturbations of at
+most 0.05 move an image's representation (a ResNet-20 trained without labels) to those of others.
 
 Next:
-  your own images       python experiments/evaluate.py --encoder demo --images folder:PHOTOS --preset quick --out runs/mine
-  a published encoder   python experiments/convert_weights.py --list
-  your own encoder      README, "Your own encoder"
-  all flags             python experiments/evaluate.py --help""",
+  your own images      python experiments/evaluate.py --preset quick --encoder demo \\
+                           --images folder:PHOTOS --out runs/mine
+  a published encoder  python experiments/convert_weights.py --list
+  your own encoder     README, "Your own encoder"
+  all flags            python experiments/evaluate.py --help""",
         highlight=False,
         soft_wrap=True,
     )

@@ -47,4 +47,6 @@ def images(height: int, width: int, indices=(0, 1)) -> np.ndarray:
 
 def state_dict(layout: dict, group: str = "state_dict") -> dict[str, np.ndarray]:
     """The tensors of one group of a published layout, filled by the rule."""
-    return {t["key"]: fill(t["key"], tuple(t["shape"]), t["dtype"]) for t in layout["tensors"][group]}
+    return {
+        t["key"]: fill(t["key"], tuple(t["shape"]), t["dtype"]) for t in layout["tensors"][group]
+    }

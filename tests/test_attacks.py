@@ -52,7 +52,9 @@ def test_projection_is_inside_the_ball_and_the_box_for_any_input(norm, eps, kind
         if norm == "linf":
             assert np.abs(difference).max() <= eps + ulp
         else:
-            assert np.sqrt((difference**2).sum((1, 2, 3))).max() <= eps + np.spacing(np.float32(eps))
+            assert np.sqrt((difference**2).sum((1, 2, 3))).max() <= eps + np.spacing(
+                np.float32(eps)
+            )
 
 
 @pytest.mark.parametrize("norm", attacks.NORMS)
@@ -97,9 +99,7 @@ def test_u_pgd_equals_a_float64_twin(norm, eps, step_size, targeted):
     result = attacks.u_pgd(
         encoder, images, jax.random.key(0), config=config, target=target, start=start
     )
-    x, distances, norms = _numpy_pgd(
-        encoder.params, images, start, eps, step_size, 7, norm, target
-    )
+    x, distances, norms = _numpy_pgd(encoder.params, images, start, eps, step_size, 7, norm, target)
     # The l2 ball is shrunk by a share of 2^-18, so that a float32 norm can't leave it.
     np.testing.assert_allclose(result.images, x, atol=2e-6 + 2.0**-18 * eps)
     np.testing.assert_allclose(result.history.dist_l2, distances, rtol=2e-5)
@@ -158,7 +158,9 @@ def test_fgsm_is_one_step_to_the_surface():
     result = attacks.u_fgsm(encoder, images, jax.random.key(0), eps=0.03)
     np.testing.assert_allclose(result.history.perturb_linf[:, 0], 0.03, rtol=1e-5)
     # From any start, one step of size eps reaches the face of the ball that the sign points to.
-    start = attacks._start(images, attacks.image_keys(jax.random.key(0), 4), attacks.fgsm_config(0.03))
+    start = attacks._start(
+        images, attacks.image_keys(jax.random.key(0), 4), attacks.fgsm_config(0.03)
+    )
     gradient = (encoder(start) - encoder(images)) @ encoder.params.T
     moved = np.sign(np.asarray(gradient)).reshape(images.shape)
     delta = np.asarray(result.images - images)
@@ -196,7 +198,9 @@ def test_keys_per_image_make_batches_irrelevant():
     keys = attacks.image_keys(jax.random.key(3), 6)
     config = attacks.AttackConfig(eps=0.1, step_size=0.02, num_steps=3)
     whole = attacks.u_pgd(encoder, images, keys, config=config)
-    parts = [attacks.u_pgd(encoder, images[i : i + 3], keys[i : i + 3], config=config) for i in (0, 3)]
+    parts = [
+        attacks.u_pgd(encoder, images[i : i + 3], keys[i : i + 3], config=config) for i in (0, 3)
+    ]
     np.testing.assert_allclose(whole.images, np.concatenate([p.images for p in parts]), atol=1e-6)
 
 
@@ -212,9 +216,11 @@ def test_compiled_attack_has_no_callback_no_weight_gradient_and_compiles_once():
     text = lowered.as_text()
     assert "callback" not in text and "infeed" not in text and "outfeed" not in text
     # A weight gradient would be a product of shape (PIXELS, 8) inside the loop.
-    jaxpr = str(jax.make_jaxpr(lambda e, i, k: attacks._u_pgd(e, i, k, None, None, config))(
-        encoder, images, keys
-    ))
+    jaxpr = str(
+        jax.make_jaxpr(lambda e, i, k: attacks._u_pgd(e, i, k, None, None, config))(
+            encoder, images, keys
+        )
+    )
     products = [line for line in jaxpr.splitlines() if "dot_general" in line]
     assert products and not any(f"f32[{PIXELS},8] = dot_general" in line for line in products)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ur_jax.encoders import check_images, from_fn
+from ur_jax.encoders.heads import MocoV2Head
 from ur_jax.encoders.layers import BatchNorm, Conv, NormConfig, fold_batch_norm
-from ur_jax.encoders.networks import MocoV2Head, Network, NetworkFn
+from ur_jax.encoders.networks import Network, NetworkFn
 from ur_jax.encoders.resnet import (
     BasicBlock,
     Bottleneck,
@@ -110,7 +111,9 @@ def test_batch_norm_in_training_equals_numpy(group_size):
         for part in ("params", "batch_stats")
     )
     means, variances = [], []
-    for group, ours in zip(np.split(x, 6 // (group_size or 6)), np.split(y, 6 // (group_size or 6))):
+    for group, ours in zip(
+        np.split(x, 6 // (group_size or 6)), np.split(y, 6 // (group_size or 6))
+    ):
         mean, var = group.mean((0, 1, 2)), group.var((0, 1, 2))
         expected = (group - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
@@ -126,7 +129,11 @@ def test_1x1_convolution_equals_the_convolution():
     conv = Conv(4, 1, 2)
     variables = conv.init(jax.random.key(0), x)
     expected = jax.lax.conv_general_dilated(
-        x, variables["params"]["kernel"], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        variables["params"]["kernel"],
+        (2, 2),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     np.testing.assert_allclose(conv.apply(variables, x), expected, rtol=1e-5, atol=1e-6)
 
@@ -166,7 +173,11 @@ def test_bad_input():
     with pytest.raises(ValueError, match="NaN"):
         check_images(encoder, _images().at[0, 0, 0, 0].set(jnp.nan))
     with pytest.raises(ValueError, match="NaN or infinite in weight"):
-        from_fn(lambda p, x: _project(p["weight"], x), {"weight": weight.at[0].set(jnp.inf)}, input_size=SIZE)
+        from_fn(
+            lambda p, x: _project(p["weight"], x),
+            {"weight": weight.at[0].set(jnp.inf)},
+            input_size=SIZE,
+        )
     with pytest.raises(ValueError, match="'float16'.*float32"):
         from_fn(_project, weight, input_size=SIZE, dtype="float16")
     with pytest.raises(ValueError, match="'resise'.*'resize'"):

@@ -77,9 +77,7 @@ def _norms(difference):
 def test_table_equals_numpy(finished, source):
     run, result, _ = finished
     batch = next(
-        data.image_batches(
-            source, range(37), input_size=SIZE, preparation="resize", batch_size=37
-        )
+        data.image_batches(source, range(37), input_size=SIZE, preparation="resize", batch_size=37)
     )
     clean = batch.images[batch.mask].reshape(36, -1).astype(np.float64) @ WEIGHT
     place = {index: row for row, index in enumerate(batch.indices[batch.mask])}
@@ -87,11 +85,12 @@ def test_table_equals_numpy(finished, source):
 
     table = records.read_table(run.path / "attacks.parquet")
     for (eps, step), d in itertools.product(itertools.product((0.05, 0.1), (1, 3)), pairs):
-        def at(mode, step):
+
+        def at(mode, step, eps=eps, d=d):
             rows = (table["mode"] == mode) & (table["eps"] == eps) & (table["step"] == step)
             return table[f"dist_{d}"][rows]
 
-        share = lambda x: np.mean(pairs[d] <= x[:, None], axis=1)
+        share = lambda x, d=d: np.mean(pairs[d] <= x[:, None], axis=1)
         moved, towards = at("untargeted", step), at("targeted", step)
         expected = {
             "universal_quantile": np.median(share(moved)),
@@ -166,9 +165,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(finished, source, tmp_pat
     assert resumed.unreadable == expected.unreadable
     jax.tree.map(np.testing.assert_array_equal, resumed.gallery, expected.gallery)
     for name in ("attacks", "pairs", "neighbours"):
-        one, two = (
-            records.read_table(r.path / f"{name}.parquet") for r in (run, finished[0])
-        )
+        one, two = (records.read_table(r.path / f"{name}.parquet") for r in (run, finished[0]))
         jax.tree.map(np.testing.assert_array_equal, one, two)
 
 

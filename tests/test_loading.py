@@ -6,15 +6,15 @@ import functools
 import json
 import sys
 
+import convert_weights
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
-
-import convert_weights
 import reference_rules
+from flax import traverse_util
 from test_weights import TINY, save_torch, tensors
+
 from ur_jax import checkpoints, loading, sharding, weights
 from ur_jax.encoders.published import ENCODERS
 

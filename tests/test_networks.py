@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import reference_rules
+
 from ur_jax import weights
 from ur_jax.encoders import heads
 from ur_jax.encoders.amdim import AMDIM

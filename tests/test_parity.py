@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import reference_rules
+
 from ur_jax import loading, weights
 from ur_jax.encoders.networks import NetworkFn
 from ur_jax.encoders.published import ENCODERS

@@ -17,8 +17,9 @@ from PIL import Image
 
 from ur_jax import checkpoints
 from ur_jax.encoders import published
-from ur_jax.encoders.networks import MocoV2Head, Network
+from ur_jax.encoders.heads import MocoV2Head
 from ur_jax.encoders.layers import NormConfig
+from ur_jax.encoders.networks import Network
 from ur_jax.encoders.resnet import BasicBlock, ResNet
 from ur_jax.evaluation import EvaluationConfig
 
@@ -85,9 +86,7 @@ def test_train_then_knn_then_evaluate(tiny, images, tmp_path, monkeypatch, capsy
         train.main(dataclasses.replace(config, learning_rate=0.1))
 
     encoder = str(tmp_path / "whole" / "encoder")
-    knn.main(
-        knn.Config(encoder, images, images, k=3, batch_size=16, out=tmp_path / "knn.json")
-    )
+    knn.main(knn.Config(encoder, images, images, k=3, batch_size=16, out=tmp_path / "knn.json"))
     accuracy = json.loads((tmp_path / "knn.json").read_text())["accuracy"]
     assert accuracy["raw pixels"]["value"] == 1.0 and accuracy["demo"]["n"] == 24
 
@@ -114,7 +113,18 @@ def test_train_then_knn_then_evaluate(tiny, images, tmp_path, monkeypatch, capsy
 
 
 def test_presets_give_defaults_that_flags_change():
-    args = ["--preset", "quick", "--encoder", "demo", "--images", "demo", "--out", "x", "--eps", "0.2"]
+    args = [
+        "--preset",
+        "quick",
+        "--encoder",
+        "demo",
+        "--images",
+        "demo",
+        "--out",
+        "x",
+        "--eps",
+        "0.2",
+    ]
     config = command.parse(evaluate.Config, evaluate.PRESETS, args)
     assert config.protocol == dataclasses.replace(evaluate.PRESETS["quick"].protocol, eps=(0.2,))
     with pytest.raises(ValueError, match="Unknown preset 'quik'.*'quick'"):
@@ -140,4 +150,6 @@ def test_bad_flags_end_in_one_line(change, message, tmp_path, monkeypatch, capsy
         command.run(evaluate.main, evaluate.Config, evaluate.PRESETS)
     assert ended.value.code == 2
     printed = capsys.readouterr().out
-    assert "error:" in printed and message in printed.replace("\n", " ") and "Traceback" not in printed
+    assert (
+        "error:" in printed and message in printed.replace("\n", " ") and "Traceback" not in printed
+    )

@@ -11,8 +11,9 @@ import pytest
 import reference_rules
 
 from ur_jax import losses, sharding, training, weights
+from ur_jax.encoders.heads import MocoV2Head
 from ur_jax.encoders.layers import NormConfig
-from ur_jax.encoders.networks import MocoV2Head, Network
+from ur_jax.encoders.networks import Network
 from ur_jax.encoders.published import dense_rules, resnet_rules
 from ur_jax.encoders.resnet import BasicBlock, ResNet, resnet18
 from ur_jax.encoders.spec import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
@@ -129,7 +130,10 @@ def test_mocov2_step_equals_the_reference(clean_step):
         "fc.2.weight": head["fc2"]["kernel"],
         "fc.2.bias": head["fc2"]["bias"],
     }
-    norms = [np.linalg.norm(ours[str(name).removeprefix("encoder_q.")]) for name in expected["grad_names"]]
+    norms = [
+        np.linalg.norm(ours[str(name).removeprefix("encoder_q.")])
+        for name in expected["grad_names"]
+    ]
     np.testing.assert_allclose(norms, expected["clean_grad_l2"], rtol=2e-3)
     _close(ours["bn1.weight"], expected["clean_grad.encoder_q.bn1.weight"], 2e-2)
     _close(ours["fc.2.bias"], expected["clean_grad.encoder_q.fc.2.bias"], 2e-4)
@@ -206,14 +210,20 @@ def test_one_device_equals_eight():
 
     mesh = sharding.data_mesh()
     one = train(lambda x: x, lambda x: x)
-    eight = train(functools.partial(sharding.replicate, mesh), functools.partial(sharding.shard, mesh))
+    eight = train(
+        functools.partial(sharding.replicate, mesh), functools.partial(sharding.shard, mesh)
+    )
     for a, b in zip(one, eight, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"temperature": 0.0}, "temperature > 0"), ({"momentum": 1.0}, "momentum"), ({"queue_size": 0}, "queue_size")],
+    [
+        ({"temperature": 0.0}, "temperature > 0"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"queue_size": 0}, "queue_size"),
+    ],
 )
 def test_bad_settings(change, message):
     with pytest.raises(ValueError, match=message):

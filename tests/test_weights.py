@@ -13,11 +13,12 @@ import sys
 import flax.linen as nn
 import numpy as np
 import pytest
-
 from test_parity import LAYOUTS, VARIANTS
+
 from ur_jax import weights
+from ur_jax.encoders.heads import LinearHead
 from ur_jax.encoders.layers import ConvNorm, global_average
-from ur_jax.encoders.networks import LinearHead, Network
+from ur_jax.encoders.networks import Network
 from ur_jax.encoders.published import ENCODERS, conv_norm_rules, dense_rules
 
 

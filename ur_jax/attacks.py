@@ -112,7 +112,7 @@ class AttackResult(NamedTuple):
 
 
 class LossAttackResult(NamedTuple):
-    """Result of `loss_pgd`: `images` (B,H,W,3), `loss` (B,) there, `history` (B,T) before each step."""
+    """Attacked images (B,H,W,3), their losses (B,), and the losses before each step (B,T)."""
 
     images: Array
     loss: Array
@@ -216,11 +216,13 @@ def loss_pgd(
 
 
 def image_keys(key: Key, num_images: int) -> Array:
-    """Returns a key per image: `key` folded with 0, 1, ..., or `key` itself if it has (B,) already."""
+    """Returns a key per image: `key` folded with 0, 1, ..., or `key` itself if it is (B,) keys."""
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_images))
     if key.shape != (num_images,):
-        raise ValueError(f"Expected one key, or one for each of {num_images} images, got {key.shape}.")
+        raise ValueError(
+            f"Expected one key, or one for each of {num_images} images, got {key.shape}."
+        )
     return key
 
 
@@ -239,7 +241,9 @@ def _u_pgd(encoder, images, keys, target, start, config) -> AttackResult:
         return all_distances(representations, reference)
 
     end = _pgd(objective_fn, record_fn, images, keys, config, start)
-    return AttackResult(end.images, end.output, end.objective, AttackHistory(*end.records, *end.norms))
+    return AttackResult(
+        end.images, end.output, end.objective, AttackHistory(*end.records, *end.norms)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "config"))

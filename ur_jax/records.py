@@ -52,7 +52,9 @@ def write_json(path: Path, value: Any) -> None:
 def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
     """Writes columns of equal length as Parquet, atomically."""
     with atomic_path(path) as temporary:
-        pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), temporary)
+        pq.write_table(
+            pa.table({name: pa.array(values) for name, values in columns.items()}), temporary
+        )
 
 
 def read_table(path: Path) -> dict[str, np.ndarray]:
@@ -180,7 +182,15 @@ def _version(package: str) -> str:
 @functools.cache
 def _commit() -> str:
     """Commit of the checkout that this package runs from; "unknown" outside one."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

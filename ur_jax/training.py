@@ -2,10 +2,13 @@
 
 A method (`MocoV2` here) is a frozen dataclass with four pure functions:
 
-  init_target(variables, key) -> target       its own state: momentum encoder, queue, ...
-  targets(target, params, views, key) -> (target, targets)    what the loss compares with; no gradient
+  init_target(variables, key) -> target
+      its own state: momentum encoder, queue, ...
+  targets(target, params, views, key) -> (target, targets)
+      what the loss compares with; no gradient
   loss(params, batch_stats, target, targets, views) -> (losses (B,), batch_stats, metrics)
-  finish(target, targets) -> target           after the loss, e.g. enqueue the keys
+  finish(target, targets) -> target
+      after the loss, e.g. enqueue the keys
 
 `train_step` is the same for all of them.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -142,7 +145,10 @@ class MocoV2:
         """Unit-norm projections of [0,1] images in training mode, and the moved statistics."""
         images = (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
         outputs, updated = self.network.apply(
-            {"params": params, "batch_stats": batch_stats}, images, train=True, mutable="batch_stats"
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            mutable="batch_stats",
         )
         return normalize(outputs["projection"]), updated.get("batch_stats", {})
 
@@ -170,7 +176,9 @@ def cosine_schedule(
         epoch = jnp.floor(epoch) if per_epoch else epoch
         progress = (epoch - warmup_epochs) / (num_epochs - warmup_epochs)
         cosine = 0.5 * base_rate * (1.0 + jnp.cos(jnp.pi * progress))
-        return jnp.where(epoch < warmup_epochs, base_rate * epoch / max(warmup_epochs, 1e-9), cosine)
+        return jnp.where(
+            epoch < warmup_epochs, base_rate * epoch / max(warmup_epochs, 1e-9), cosine
+        )
 
     return schedule
 
@@ -229,7 +237,9 @@ def train_step(
         )
         return losses.mean(), (batch_stats, metrics)
 
-    (loss, (batch_stats, metrics)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    (loss, (batch_stats, metrics)), grads = jax.value_and_grad(mean_loss, has_aux=True)(
+        state.params
+    )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     state = TrainState(
         step=state.step + 1,

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ur_jax.encoders.layers import Conv, global_average
+from ur_jax.encoders.layers import Conv, average_pool, global_average
 from ur_jax.types import Array
 
 # (width in units of the first layer's, kernel size, stride) of each residual block.
@@ -76,9 +76,3 @@ class FrozenNorm(nn.Module):
         mean, var = jax.lax.stop_gradient((constant("mean", zeros), constant("var", ones)))
         gain = constant("scale", ones) * jax.lax.rsqrt(var + self.eps)
         return ((x.astype(jnp.float32) - mean) * gain + constant("bias", zeros)).astype(x.dtype)
-
-
-def average_pool(x: Array, size: int, strides: int) -> Array:
-    """Mean over size x size windows of (B,H,W,C), without padding."""
-    total = nn.pooling.pool(x, 0.0, jax.lax.add, (size, size), (strides, strides), "VALID")
-    return total / float(size * size)

@@ -1,7 +1,4 @@
-"""Projector and predictor heads with BatchNorm: MoCo v3, SimSiam, SimCLR v2 and PixPro.
-
-Each function cites its paper. Heads without BatchNorm are in `networks`.
-"""
+"""Heads: what a method puts on top of the backbone's features; each cites its paper."""
 
 from __future__ import annotations
 
@@ -14,6 +11,36 @@ import jax
 from ur_jax.encoders.layers import Dense, DenseNorm, NormConfig, global_average
 from ur_jax.encoders.networks import Network
 from ur_jax.types import Array
+
+
+class MocoV2Head(nn.Module):
+    """MoCo v2's two-layer MLP (Chen et al. 2020, arXiv:2003.04297).
+
+    "projection" is the whole head. "skip_hidden" applies its last layer straight to the features:
+    what the paper's code evaluates (departure 5).
+    """
+
+    hidden: int = 2048
+    output: int = 128
+
+    @nn.compact
+    def __call__(self, features: Array, train: bool = False) -> dict[str, Array]:
+        last = Dense(self.output, name="fc2")
+        hidden = jax.nn.relu(Dense(self.hidden, name="fc0")(features))
+        representations = {"projection": last(hidden)}
+        if features.shape[-1] == self.hidden:
+            representations["skip_hidden"] = last(features)
+        return representations
+
+
+class LinearHead(nn.Module):
+    """One linear layer, e.g. a supervised network's classifier; "projection" is its logits."""
+
+    output: int = 1000
+
+    @nn.compact
+    def __call__(self, features: Array, train: bool = False) -> dict[str, Array]:
+        return {"projection": Dense(self.output, name="fc")(features)}
 
 
 class MLP(nn.Module):

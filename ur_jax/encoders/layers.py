@@ -85,7 +85,8 @@ class NormConfig:
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, as PyTorch defines it.
 
-    With `train` the batch is divided into consecutive groups of `group_size` examples, each normalised by its own mean and biased variance; the running statistics move by `momentum`
+    With `train` the batch is divided into consecutive groups of `group_size` examples, each
+    normalised by its own mean and biased variance; the running statistics move by `momentum`
     towards the mean and the UNBIASED variance of a group, averaged over the groups.
     """
 
@@ -188,6 +189,12 @@ def max_pool_3x3(x: Array) -> Array:
     return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
+def average_pool(x: Array, size: int, strides: int) -> Array:
+    """Mean over size x size windows of (B,H,W,C), without padding."""
+    total = nn.pooling.pool(x, 0.0, jax.lax.add, (size, size), (strides, strides), "VALID")
+    return total / float(size * size)
+
+
 def global_average(x: Array) -> Array:
     """Mean over height and width (B,H,W,C) -> (B,C), summed in float32."""
     return x.mean((1, 2), dtype=jnp.float32).astype(x.dtype)
@@ -241,7 +248,7 @@ def _input_gradient(stride, padding, shape, kernel, grad):
 
 
 def _input_gradient_cpu(stride, padding, shape, kernel, grad):
-    """A convolution of the dilated gradient with the turned kernel, in the layout of the forward."""
+    """A convolution of the dilated gradient with the turned kernel, in the forward's layout."""
     size = kernel.shape[0]
     # The barrier keeps XLA from moving the transposition back into the convolution's layout.
     turned = jax.lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))

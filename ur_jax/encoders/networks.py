@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 
-from ur_jax.encoders.layers import Dense
 from ur_jax.errors import unknown_name
 from ur_jax.types import Array, PyTree
 
@@ -30,35 +28,6 @@ class Network(nn.Module):
         features = self.backbone(x, train)
         head = {} if self.head is None else self.head(features, train)
         return {"backbone": features, **head}
-
-
-class MocoV2Head(nn.Module):
-    """MoCo v2's two-layer MLP (Chen et al. 2020, arXiv:2003.04297).
-
-    "projection" is the whole head. "skip_hidden" applies its last layer straight to the features:
-    what the paper's code evaluates (departure 5).
-    """
-
-    hidden: int = 2048
-    output: int = 128
-
-    @nn.compact
-    def __call__(self, features: Array, train: bool = False) -> dict[str, Array]:
-        last = Dense(self.output, name="fc2")
-        representations = {"projection": last(jax.nn.relu(Dense(self.hidden, name="fc0")(features)))}
-        if features.shape[-1] == self.hidden:
-            representations["skip_hidden"] = last(features)
-        return representations
-
-
-class LinearHead(nn.Module):
-    """One linear layer, e.g. a supervised network's classifier; "projection" is its logits."""
-
-    output: int = 1000
-
-    @nn.compact
-    def __call__(self, features: Array, train: bool = False) -> dict[str, Array]:
-        return {"projection": Dense(self.output, name="fc")(features)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from ur_jax.encoders import heads
 from ur_jax.encoders.amdim import AMDIM
 from ur_jax.encoders.layers import NormConfig
-from ur_jax.encoders.networks import LinearHead, MocoV2Head, Network
+from ur_jax.encoders.networks import Network
 from ur_jax.encoders.resnet import cifar_resnet20, resnet50
 from ur_jax.encoders.simclr import SimCLRResNet
 from ur_jax.encoders.spec import EncoderSpec, Rule
@@ -204,7 +204,7 @@ _SPECS = (
         url="torchvision's model zoo (IMAGENET1K_V1)",
         file_name="resnet50-0676ba61.pth",
         licence="not stated (torchvision: BSD-3-Clause)",
-        network=lambda folded: Network(resnet50(folded=folded), LinearHead()),
+        network=lambda folded: Network(resnet50(folded=folded), heads.LinearHead()),
         rules=(*_RESNET50_RULES, *dense_rules("fc", "head/fc")),
         paper="backbone",
         groups=(),
@@ -216,7 +216,7 @@ _SPECS = (
         url="https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_200ep/",
         file_name="moco_v2_200ep_pretrain.pth.tar",
         licence="CC BY-NC 4.0",
-        network=lambda folded: Network(resnet50(folded=folded), MocoV2Head()),
+        network=lambda folded: Network(resnet50(folded=folded), heads.MocoV2Head()),
         rules=(*_RESNET50_RULES, *dense_rules(r"fc\.(\d)", r"head/fc\1")),
         paper="skip_hidden",
         prefix="module.encoder_q.",
@@ -247,7 +247,7 @@ _SPECS = (
         url="the authors' drive, linked from the paper's repository",
         file_name="mocov2_mocok16384_bs128_lr0.03_nonsem_noaug_16_72_nn1_alpha3_epoch200.pth.tar",
         licence="not stated (its repository: MIT)",
-        network=lambda folded: Network(resnet50(folded=folded), LinearHead()),
+        network=lambda folded: Network(resnet50(folded=folded), heads.LinearHead()),
         rules=(*_RESNET50_RULES, *dense_rules("fc", "head/fc")),
         paper="projection",
         prefix="module.",
@@ -352,7 +352,7 @@ _SPECS = (
         licence="Apache-2.0",
         network=lambda folded, group_size=None: Network(
             cifar_resnet20(folded=folded, norm=NormConfig(group_size=group_size)),
-            MocoV2Head(64, 128),
+            heads.MocoV2Head(64, 128),
         ),
         rules=(),
         paper="backbone",

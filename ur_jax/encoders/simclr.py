@@ -10,8 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ur_jax.encoders.amdim import average_pool
-from ur_jax.encoders.layers import Conv, ConvNorm, NormConfig, global_average, max_pool_3x3
+from ur_jax.encoders.layers import (
+    Conv,
+    ConvNorm,
+    NormConfig,
+    average_pool,
+    global_average,
+    max_pool_3x3,
+)
 from ur_jax.encoders.resnet import Bottleneck
 from ur_jax.types import Array
 

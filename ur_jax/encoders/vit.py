@@ -145,9 +145,7 @@ def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
     if dim % 4:
         raise ValueError(f"Expected dim divisible by 4 for sin-cos positions, got {dim}.")
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
-    rows, columns = (
-        index.reshape(-1, 1) * frequencies for index in np.mgrid[:height, :width]
-    )
+    rows, columns = (index.reshape(-1, 1) * frequencies for index in np.mgrid[:height, :width])
     table = np.concatenate([np.sin(rows), np.cos(rows), np.sin(columns), np.cos(columns)], axis=1)
     return np.concatenate([np.zeros((1, dim)), table]).astype(np.float32)
 
