@@ -158,9 +158,8 @@ def test_fgsm_is_one_step_to_the_surface():
     result = attacks.u_fgsm(encoder, images, jax.random.key(0), eps=0.03)
     np.testing.assert_allclose(result.history.perturb_linf[:, 0], 0.03, rtol=1e-5)
     # From any start, one step of size eps reaches the face of the ball that the sign points to.
-    start = attacks._start(
-        images, attacks.image_keys(jax.random.key(0), 4), attacks.fgsm_config(0.03)
-    )
+    keys = attacks.image_keys(jax.random.key(0), 4)
+    start = attacks._start(images, keys, 0.03, attacks.fgsm_config(0.03))
     gradient = (encoder(start) - encoder(images)) @ encoder.params.T
     moved = np.sign(np.asarray(gradient)).reshape(images.shape)
     delta = np.asarray(result.images - images)
@@ -172,7 +171,7 @@ def test_random_start_is_uniform_in_the_ball(norm):
     # Radius / eps of a uniform point in a d-dimensional ball has mean d / (d + 1).
     images = jnp.full((4000, 1, 1, 3), 0.5)
     config = attacks.AttackConfig(eps=0.1, norm=norm)
-    start = attacks._start(images, attacks.image_keys(jax.random.key(1), 4000), config)
+    start = attacks._start(images, attacks.image_keys(jax.random.key(1), 4000), 0.1, config)
     delta = np.asarray(start - images).reshape(-1, 3) / 0.1
     radius = np.abs(delta).max(1) if norm == "linf" else np.linalg.norm(delta, axis=1)
     # Standard deviation of the radius is sqrt(d / (d + 2)) / (d + 1): 0.19 for d = 3; 4.5 sigmas.
@@ -205,22 +204,19 @@ def test_keys_per_image_make_batches_irrelevant():
 
 
 def test_compiled_attack_has_no_callback_no_weight_gradient_and_compiles_once():
-    config = attacks.AttackConfig(eps=0.1, step_size=0.02, num_steps=4)
     images, keys = _images(4), attacks.image_keys(jax.random.key(0), 4)
     before = attacks._u_pgd._cache_size()
-    for seed in range(3):  # new weights of the same network
+    for seed in range(3):  # new weights of the same network, and other radii
+        config = attacks.AttackConfig(eps=0.1 * (1 + seed), step_size=0.02, num_steps=4)
         attacks.u_pgd(_linear_encoder(seed=seed), images, keys, config=config)
     assert attacks._u_pgd._cache_size() == before + 1
     encoder = _linear_encoder()
-    lowered = attacks._u_pgd.lower(encoder, images, keys, None, None, config)
+    arguments = (encoder, images, keys, None, None, *attacks._split(config))
+    lowered = attacks._u_pgd.lower(*arguments)
     text = lowered.as_text()
     assert "callback" not in text and "infeed" not in text and "outfeed" not in text
     # A weight gradient would be a product of shape (PIXELS, 8) inside the loop.
-    jaxpr = str(
-        jax.make_jaxpr(lambda e, i, k: attacks._u_pgd(e, i, k, None, None, config))(
-            encoder, images, keys
-        )
-    )
+    jaxpr = str(jax.make_jaxpr(attacks._u_pgd, static_argnums=6)(*arguments))
     products = [line for line in jaxpr.splitlines() if "dot_general" in line]
     assert products and not any(f"f32[{PIXELS},8] = dot_general" in line for line in products)
 

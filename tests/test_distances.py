@@ -136,6 +136,12 @@ def test_product_stays_within_its_error_bound(kind, dimension):
     assert np.all(error <= bound)
 
 
+def test_error_bound_stays_small_under_a_common_offset():
+    a, b = normal(0, 20, 40) + np.float32(300), normal(1, 20, 40) + np.float32(300)
+    squared, bound = dist.squared_l2_by_product(a, b)
+    assert np.all(bound < 1e-3 * squared)
+
+
 @pytest.mark.parametrize("divergence", ["l1", "l2"])
 def test_pairwise_needs_no_memory_of_pairs_times_dimension(divergence):
     shape = jax.ShapeDtypeStruct((128, 2048), jnp.float32)

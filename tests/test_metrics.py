@@ -393,16 +393,22 @@ def test_nearest_neighbours_on_one_and_eight_devices(divergence, devices):
 
 
 def test_equally_near_rows_come_in_the_order_of_the_bank():
+    """Three copies of each row, far apart or side by side."""
     _, _, bank, _ = scenario()
-    for mesh in (None, data_mesh()):
-        result = metrics.nearest_neighbours(
-            bank[:30], np.concatenate([bank] * 3), k=7, block_size=BLOCK, mesh=mesh
-        )
-        expected = np.arange(30)[:, None] + [[0, 203, 406]]
-        np.testing.assert_array_equal(result.indices[:, :3], expected)
-        np.testing.assert_array_equal(result.distances[:, :3], np.zeros((30, 3)))
-        second = np.diff(result.indices[:, 3:6], axis=1)
-        np.testing.assert_array_equal(second, np.full((30, 2), 203))
+    copies = {
+        "apart": (np.concatenate([bank] * 3), np.arange(30)[:, None] + [[0, 203, 406]]),
+        "together": (np.repeat(bank, 3, axis=0), 3 * np.arange(30)[:, None] + [[0, 1, 2]]),
+    }
+    for bank, expected in copies.values():
+        step = expected[0, 1] - expected[0, 0]
+        for mesh in (None, data_mesh()):
+            result = metrics.nearest_neighbours(
+                bank[expected[:, 0]], bank, k=7, block_size=BLOCK, mesh=mesh
+            )
+            np.testing.assert_array_equal(result.indices[:, :3], expected)
+            np.testing.assert_array_equal(result.distances[:, :3], np.zeros((30, 3)))
+            second = np.diff(result.indices[:, 3:6], axis=1)
+            np.testing.assert_array_equal(second, np.full((30, 2), step))
 
 
 def test_all_rows_in_order_when_k_is_the_bank():

@@ -139,7 +139,7 @@ def u_pgd(
       images: originals (B,H,W,3) float32 in [0,1].
       key: one typed key, of which image i uses fold_in(key, i), or a key per image (B,), with which
         the result does not depend on how images are batched.
-      config: the attack; static.
+      config: the attack; eps and step size are traced, the rest is static.
       target: representations (B,D) float32 to move towards; untargeted if left out.
       start: where to start (B,H,W,3) instead of at random; taken as it is, even outside the ball.
 
@@ -170,7 +170,8 @@ def u_pgd(
             f"Expected target representations ({len(images)},{encoder.dimension}), one for each "
             f"image, got {tuple(target.shape)}."
         )
-    return _u_pgd(encoder, images, image_keys(key, len(images)), target, start, config)
+    keys = image_keys(key, len(images))
+    return _u_pgd(encoder, images, keys, target, start, *_split(config))
 
 
 def u_fgsm(
@@ -203,7 +204,7 @@ def loss_pgd(
         read and never changed; no gradient with respect to it is computed.
       images: originals (B,H,W,3) float32 in [0,1].
       key: as in `u_pgd`.
-      config: the attack; static. L-FGSM is `fgsm_config(eps)`.
+      config: as in `u_pgd`. L-FGSM is `fgsm_config(eps)`.
 
     Returns:
       Attacked images, their losses, and the loss before each step.
@@ -212,7 +213,7 @@ def loss_pgd(
       Petrov & Kwiatkowska 2022, section 3.1. Unlike their MoCo v2 code, attacking moves neither
       queue nor key encoder (departure 4).
     """
-    return _loss_pgd(loss_fn, params, images, image_keys(key, len(images)), config)
+    return _loss_pgd(loss_fn, params, images, image_keys(key, len(images)), *_split(config))
 
 
 def image_keys(key: Key, num_images: int) -> Array:
@@ -226,8 +227,21 @@ def image_keys(key: Key, num_images: int) -> Array:
     return key
 
 
+class _Size(NamedTuple):
+    """The numbers of a config that are traced, so that a sweep over them compiles once."""
+
+    eps: float
+    step_size: float
+
+
+def _split(config: AttackConfig) -> tuple[_Size, AttackConfig]:
+    """The traced numbers of a config, and the rest of it, which is static."""
+    rest = dataclasses.replace(config, eps=1.0, step_size=1.0)
+    return _Size(config.eps, config.step_size), rest
+
+
 @functools.partial(jax.jit, static_argnames="config")
-def _u_pgd(encoder, images, keys, target, start, config) -> AttackResult:
+def _u_pgd(encoder, images, keys, target, start, size, config) -> AttackResult:
     """`u_pgd` without the checks."""
     sign, reference = (1.0, encoder(images)) if target is None else (-1.0, target)
     reference = jax.lax.stop_gradient(reference)
@@ -240,21 +254,21 @@ def _u_pgd(encoder, images, keys, target, start, config) -> AttackResult:
     def record_fn(representations):
         return all_distances(representations, reference)
 
-    end = _pgd(objective_fn, record_fn, images, keys, config, start)
+    end = _pgd(objective_fn, record_fn, images, keys, size, config, start)
     return AttackResult(
         end.images, end.output, end.objective, AttackHistory(*end.records, *end.norms)
     )
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "config"))
-def _loss_pgd(loss_fn, params, images, keys, config) -> LossAttackResult:
+def _loss_pgd(loss_fn, params, images, keys, size, config) -> LossAttackResult:
     """`loss_pgd` without the checks."""
 
     def objective_fn(attacked):
         losses = loss_fn(params, attacked)
         return losses, losses
 
-    end = _pgd(objective_fn, lambda losses: losses, images, keys, config)
+    end = _pgd(objective_fn, lambda losses: losses, images, keys, size, config)
     return LossAttackResult(end.images, end.objective, end.records)
 
 
@@ -268,7 +282,7 @@ class _End(NamedTuple):
     norms: tuple[Array, Array, Array]
 
 
-def _pgd(objective_fn, record_fn, images, keys, config, start=None) -> _End:
+def _pgd(objective_fn, record_fn, images, keys, size, config, start=None) -> _End:
     """Projected gradient ascent; each image keeps its best restart.
 
     Args:
@@ -276,19 +290,20 @@ def _pgd(objective_fn, record_fn, images, keys, config, start=None) -> _End:
       record_fn: output -> pytree of (B,) for the history.
       images: originals (B,H,W,3).
       keys: a key per image (B,).
-      config: the attack.
+      size: eps and step size.
+      config: the rest of the attack.
       start: where to start (B,H,W,3) instead of at random.
     """
     gradient_fn = jax.grad(lambda attacked: _summed(objective_fn(attacked)), has_aux=True)
 
     def step(attacked, _):
         gradient, output = gradient_fn(attacked)
-        attacked = attacked + config.step_size * _direction(gradient, config.norm)
-        attacked = project(attacked, images, eps=config.eps, norm=config.norm)
+        attacked = attacked + size.step_size * _direction(gradient, config.norm)
+        attacked = project(attacked, images, eps=size.eps, norm=config.norm)
         return attacked, (record_fn(output), _norms(attacked - images))
 
     def run(keys):
-        attacked = _start(images, keys, config) if start is None else start
+        attacked = _start(images, keys, size.eps, config) if start is None else start
         attacked, history = jax.lax.scan(step, attacked, length=config.num_steps)
         records, norms = jax.tree.map(lambda x: x.swapaxes(0, 1), history)
         return _End(attacked, *objective_fn(attacked), records, norms)
@@ -304,7 +319,7 @@ def _pgd(objective_fn, record_fn, images, keys, config, start=None) -> _End:
     return best if config.num_restarts == 1 else jax.lax.scan(restart, best, numbers)[0]
 
 
-def project(attacked: Array, images: Array, *, eps: float, norm: str) -> Array:
+def project(attacked: Array, images: Array, *, eps: float | Array, norm: str) -> Array:
     """Moves `attacked` into the ball of radius `eps` around `images`, and into [0,1].
 
     linf: clips every pixel to [x - eps, x + eps], then to [0,1]. l2: scales the perturbation to
@@ -343,16 +358,16 @@ def _direction(gradient: Array, norm: str) -> Array:
     return gradient / jnp.maximum(length, 1.0)
 
 
-def _start(images: Array, keys: Array, config: AttackConfig) -> Array:
+def _start(images: Array, keys: Array, eps: float | Array, config: AttackConfig) -> Array:
     """Images uniform in the ball, moved into [0,1]; the images themselves without random start."""
     if not config.random_start:
         return images
     shape = images.shape[1:]
     if config.norm == "linf":
-        draw = lambda key: jax.random.uniform(key, shape, minval=-config.eps, maxval=config.eps)
+        draw = lambda key: jax.random.uniform(key, shape, minval=-1.0)
     else:
-        draw = lambda key: config.eps * jax.random.ball(key, images[0].size).reshape(shape)
-    return project(images + jax.vmap(draw)(keys), images, eps=config.eps, norm=config.norm)
+        draw = lambda key: jax.random.ball(key, images[0].size).reshape(shape)
+    return project(images + eps * jax.vmap(draw)(keys), images, eps=eps, norm=config.norm)
 
 
 def _norms(delta: Array) -> tuple[Array, Array, Array]:

@@ -156,8 +156,8 @@ def squared_l2_by_product(a: Array, b: Array) -> tuple[Array, Array]:
     b_square = jnp.sum((b - centre) ** 2, axis=-1)[None]
     row = a_square + 2.0 * product(shifted, centre)[:, None]
     squared = jnp.maximum(row + b_square - 2.0 * product(shifted, b.T), 0.0)
-    # 2 |a - m| (|b| + |m|), what the products can reach, is at most a sum of squares.
-    products = a_square + 2.0 * (jnp.sum(b**2, axis=-1) + jnp.sum(centre**2))[None]
+    lengths = jnp.sqrt(jnp.sum(b**2, axis=-1)) + jnp.sqrt(jnp.sum(centre**2))
+    products = 2.0 * jnp.sqrt(a_square) * lengths[None]  # what 2 <a - m, b - m> can cancel from
     return squared, relative_rounding(a.shape[-1]) * (a_square + b_square + products)
 
 

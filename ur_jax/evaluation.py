@@ -152,7 +152,7 @@ def evaluate(
     stages = _Stages(
         sharding.replicate(mesh, encoder), source, run, config, mesh, num_workers, progress
     )
-    bank = stages.bank()
+    bank = stages.clean("clean", evenly_spaced(len(source), config.num_clean or len(source)))
     stages.attacks()
     stages.overlap()
     stages.breakaway()
@@ -164,6 +164,43 @@ def evaluate(
         *_overlap_table(run, config),
     ]
     return Evaluation(measurements, _unreadable(run), _gallery(run, bank, mesh))
+
+
+def clean_representations(
+    encoder: Encoder,
+    source: ImageSource,
+    run: Run,
+    indices: np.ndarray,
+    *,
+    stage: str = "clean",
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+    num_workers: int = 0,
+    progress: Progress = lambda iterable, description, total: iterable,
+) -> dict[str, np.ndarray]:
+    """Representations of the readable ones of some images, computed once and kept with the run.
+
+    Args:
+      encoder: the encoder.
+      source: images, from `data.open_images`.
+      run: the folder; finished parts are not computed again.
+      indices: (M,) positions in the source's listing.
+      stage: name of the parts.
+      batch_size: images per batch, over all devices, at least 2.
+      mesh: devices, from `sharding.data_mesh`; all local ones by default.
+      num_workers: processes that load images.
+      progress: shows progress.
+
+    Returns:
+      {"index": (N,), "clean": (N,D) float32}, N <= M, in the order of `indices`.
+
+    Raises:
+      ValueError: for a batch that does not divide over the devices.
+    """
+    mesh = sharding.data_mesh() if mesh is None else mesh
+    sharding.check_divisible(batch_size, mesh)
+    encoder, config = sharding.replicate(mesh, encoder), EvaluationConfig(batch_size=batch_size)
+    return _Stages(encoder, source, run, config, mesh, num_workers, progress).clean(stage, indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,17 +215,11 @@ class _Stages:
     num_workers: int
     progress: Progress
 
-    def bank(self) -> dict[str, np.ndarray]:
-        """Clean representations of the bank: {"index" (N,), "clean" (N,D)}."""
-        total = len(self.source)
-        num_clean = total if self.config.num_clean is None else self.config.num_clean
-        self._stage(
-            "clean",
-            "clean representations",
-            evenly_spaced(total, num_clean),
-            lambda batch: {"clean": self._encode(batch)},
-        )
-        return self.run.read_parts("clean")
+    def clean(self, stage: str, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Clean representations: {"index" (N,), "clean" (N,D)}."""
+        title = f"{stage} representations"
+        self._stage(stage, title, indices, lambda batch: {"clean": self._encode(batch)})
+        return self.run.read_parts(stage)
 
     def attacks(self) -> None:
         """Untargeted and targeted attacks of the same images at each eps."""
