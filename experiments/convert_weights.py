@@ -67,7 +67,9 @@ def main(config: Config) -> None:
     lines.append(f"SHA-256 of the source: {metadata['source_sha256']}")
     if published.left_out:
         lines.append(f"Left out: {len(published.left_out)} tensors outside {config.prefix!r}")
-    lines.append(f"Next: python experiments/evaluate.py --encoder {config.out} --images demo --out DIR")
+    lines.append(
+        f"Next: python experiments/evaluate.py --encoder {config.out} --images demo --out DIR"
+    )
     command.console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 

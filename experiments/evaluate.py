@@ -56,6 +56,8 @@ PRESETS = {
 def main(config: Config) -> None:
     encoder = ur_jax.load_encoder(config.encoder, config.name, config.representation, config.dtype)
     source = data.open_images(config.images)
+    mesh = sharding.data_mesh()
+    evaluation.check_fits(config.protocol, source, mesh)  # before the folder is claimed
     described = {
         "encoder": encoder.name,
         "representation": encoder.representation,
@@ -71,7 +73,7 @@ def main(config: Config) -> None:
         source,
         run,
         config=config.protocol,
-        mesh=sharding.data_mesh(),
+        mesh=mesh,
         num_workers=config.num_workers,
         progress=command.progress,
     )

@@ -409,6 +409,8 @@ def test_equally_near_rows_come_in_the_order_of_the_bank():
             np.testing.assert_array_equal(result.distances[:, :3], np.zeros((30, 3)))
             second = np.diff(result.indices[:, 3:6], axis=1)
             np.testing.assert_array_equal(second, np.full((30, 2), step))
+            last = result.indices[:, 6]  # the first of three, of which only one has a place
+            assert np.all(last < 203 if step == 203 else last % 3 == 0)
 
 
 def test_all_rows_in_order_when_k_is_the_bank():

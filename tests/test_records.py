@@ -29,6 +29,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_json_has_null_where_a_number_is_not_finite(tmp_path):
+    values = {"a": [np.float32(np.inf), 1.5], "b": {"c": float("nan")}}
+    records.write_json(tmp_path / "a.json", values)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, 1.5], "b": {"c": None}}
+
+
 def test_tables_round_trip(tmp_path):
     columns = {"i": np.arange(3), "x": np.float32([0.5, np.nan, 2]), "name": ["a", "b", "c"]}
     records.write_table(tmp_path / "t.parquet", columns)

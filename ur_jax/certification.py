@@ -28,7 +28,6 @@ from ur_jax.certify import (
     RadiusCertificate,
     RandomizedConfig,
     center_smoothing,
-    certified_accuracy,
     certified_radius,
     check_labels,
     fit_batch_size,
@@ -45,6 +44,7 @@ from ur_jax.types import Array
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
 """Radii of the certified accuracy that is reported: the paper's, and 0.5."""
 
+_STAGE = "certificates"
 _FLUSH_SECONDS = 5.0
 _LOAD_BATCH = 8
 
@@ -155,19 +155,18 @@ class Job:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"Expected batch_size >= 1, got {batch_size}.")
         mine = self.indices[host::num_hosts]
-        done = _read(self.run, self._stages())
-        is_mine = np.isin(done["index"], mine) if done else np.zeros(0, bool)
-        todo = np.setdiff1d(mine, done["index"]) if done else mine
-        certified = int((~done["abstained"][is_mine]).sum()) if done else 0
+        rows = self._rows()  # of all hosts: there may have been another number of them
+        done = np.isin(mine, rows["index"] if rows else ())
+        certified = np.isin(mine, rows["index"][~rows["abstained"]] if rows else ())
         model, labels = self._model()
         batch_size = batch_size or self._fitting_batch_size(model, host)
         described: dict[int, dict[str, Any]] = {}
         taken: list[int] = []
-        meter = _Meter(len(mine), int(is_mine.sum()), certified, on_progress)
+        meter = _Meter(len(mine), int(done.sum()), int(certified.sum()), on_progress)
         smooth = center_smoothing if self._is_center else randomized_smoothing
         certificates = smooth(
             model,
-            self._images(todo, model, labels, described, taken),
+            self._images(mine[~done], model, labels, described, taken),
             jax.random.key(self.seed),
             config=self.config,
             indices=iter(lambda: taken.pop(0), None),  # asked for after each image
@@ -188,22 +187,24 @@ class Job:
         Raises:
           ValueError: if none of the images could be read.
         """
-        rows = _read(self.run, self._stages())
+        rows = self._rows()
         if not rows:
             raise ValueError(f"None of the {len(self.indices)} images could be read; see above.")
         order = np.argsort(rows["index"])
-        columns = {name: list(values[order]) for name, values in rows.items()}
+        columns = {name: values[order] for name, values in rows.items()}
         times = {"index": columns["index"], "seconds": columns.pop("seconds")}
+        records.write_table(self.run.path / "times.parquet", times)
         if self._is_center:
             columns |= self._relative(columns["eps_out"], num_distribution)
-        records.write_table(self.run.path / "times.parquet", times)
-        records.write_table(self.run.path / "certificates.parquet", columns)
-        arrays = {name: np.array(values) for name, values in columns.items()}
-        estimates = _center_estimates if self._is_center else _radius_estimates
-        missing = np.setdiff1d(self.indices, arrays["index"])
+            estimates = _center_estimates(columns)
+        else:
+            estimates = _radius_estimates(columns, self.config)
+        lists = {name: list(values) for name, values in columns.items()}  # some hold rows (N,K)
+        records.write_table(self.run.path / "certificates.parquet", lists)
+        missing = np.setdiff1d(self.indices, columns["index"])
         return Certification(
-            estimates=estimates(arrays, self.config),
-            num_samples=int(arrays["num_drawn"].sum()),
+            estimates=estimates,
+            num_samples=int(columns["num_drawn"].sum()),
             unreadable=[self.source.name(int(i)) for i in missing],
         )
 
@@ -212,9 +213,12 @@ class Job:
         """Whether this is center smoothing."""
         return isinstance(self.config, CenterConfig)
 
-    def _stages(self) -> list[str]:
-        """The stages of all hosts' certificates."""
-        return sorted(path.name for path in (self.run.path / "parts").glob(f"{_STAGE}-*"))
+    def _rows(self) -> dict[str, np.ndarray]:
+        """Finished rows of all hosts; {} if there are none."""
+        stages = sorted(path.name for path in (self.run.path / "parts").glob(f"{_STAGE}-*"))
+        parts = [self.run.read_parts(stage) for stage in stages if self.run.num_parts(stage)]
+        names = parts[0] if parts else ()
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
     def _clean(self, stage: str, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Clean representations, on one device: the same bits on any number of them."""
@@ -293,7 +297,7 @@ class Job:
         if rows:
             write()
 
-    def _relative(self, eps_out: list[float], num_distribution: int) -> dict[str, np.ndarray]:
+    def _relative(self, eps_out: np.ndarray, num_distribution: int) -> dict[str, np.ndarray]:
         """F(eps_out) and eps_out / median F; 1 and infinity where it abstained."""
         total = len(self.source)
         clean = self._clean("distribution", evenly_spaced(total, min(total, num_distribution)))
@@ -302,20 +306,11 @@ class Job:
             jax.random.key(self.seed),
             divergence=self.config.divergence,
         )
-        distances = jnp.asarray(np.array(eps_out, np.float32))
+        distances = jnp.asarray(eps_out.astype(np.float32))
         return {
             "quantile": np.asarray(metrics.universal_quantile(distribution, distances)),
             "normalised": np.asarray(metrics.normalised_distance(distribution, distances)),
         }
-
-
-_STAGE = "certificates"
-
-
-def _read(run: records.Run, stages: list[str]) -> dict[str, np.ndarray]:
-    """The rows of some stages, joined; {} if there are none."""
-    parts = [run.read_parts(stage) for stage in stages]
-    return {name: np.concatenate([p[name] for p in parts]) for name in (parts[0] if parts else ())}
 
 
 @dataclasses.dataclass
@@ -354,12 +349,10 @@ class _Meter:
         if self.session_done:
             samples = (self.num_images - self.num_done) * self.session_drawn / self.session_done
             left = samples / max(rate, 1e-9)
-        self.on_progress(
-            Figures(self.num_images, self.num_done, self.num_certified, rate, left)
-        )
+        self.on_progress(Figures(self.num_images, self.num_done, self.num_certified, rate, left))
 
 
-def _center_estimates(columns: dict[str, np.ndarray], config: CenterConfig) -> dict[str, Estimate]:
+def _center_estimates(columns: dict[str, np.ndarray]) -> dict[str, Estimate]:
     """Fraction certified, and medians over all images."""
     names = ("eps_out", "quantile", "normalised")
     medians = {f"median {name}": _median_with_infinity(columns[name]) for name in names}
@@ -378,11 +371,7 @@ def _radius_estimates(
         table |= {f"certified at radius {r:g}": _share(radius >= r) for r in RADII[1:]}
         return table | {"mean radius": intervals.mean_interval(radius, bounds=bounds)}
     correct = certified & (columns["predicted"] == label)
-    for r in RADII:
-        hits = round(float(certified_accuracy(radius, correct, np.array([r]))[0]) * len(radius))
-        table[f"certified accuracy at radius {r:g}"] = intervals.proportion_interval(
-            hits, len(radius)
-        )
+    table |= {f"certified accuracy at radius {r:g}": _share(correct & (radius >= r)) for r in RADII}
     # MACER's definition counts an incorrect image 0; the published code leaves it out.
     counted = np.where(correct, radius, 0.0)
     table["average certified radius"] = intervals.mean_interval(counted, bounds=bounds)

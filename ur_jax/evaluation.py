@@ -146,9 +146,7 @@ def evaluate(
       ValueError: for more samples than images, or a batch that does not divide over the devices.
     """
     mesh = sharding.data_mesh() if mesh is None else mesh
-    sharding.check_divisible(config.batch_size, mesh)
-    for num_images in (config.num_images, config.num_clean):
-        evenly_spaced(len(source), num_images or len(source))  # refuses before any work
+    check_fits(config, source, mesh)
     stages = _Stages(
         sharding.replicate(mesh, encoder), source, run, config, mesh, num_workers, progress
     )
@@ -201,6 +199,13 @@ def clean_representations(
     sharding.check_divisible(batch_size, mesh)
     encoder, config = sharding.replicate(mesh, encoder), EvaluationConfig(batch_size=batch_size)
     return _Stages(encoder, source, run, config, mesh, num_workers, progress).clean(stage, indices)
+
+
+def check_fits(config: EvaluationConfig, source: ImageSource, mesh: Mesh) -> None:
+    """Raises ValueError for more samples than images, or a batch that the devices can't divide."""
+    sharding.check_divisible(config.batch_size, mesh)
+    for num_images in (config.num_images, config.num_clean):
+        evenly_spaced(len(source), num_images or len(source))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +297,8 @@ class _Stages:
         done = self.run.num_parts(stage)
         if done == total:
             return
-        batches = zip(*(self._batches(each, done) for each in (indices, *more_indices)), strict=True)
+        groups = (self._batches(each, done) for each in (indices, *more_indices))
+        batches = zip(*groups, strict=True)
         for number, group in enumerate(self.progress(batches, title, total - done), start=done):
             values = jax.tree.map(np.asarray, compute(*group))
             mask = np.logical_and.reduce([batch.mask for batch in group])
@@ -346,7 +352,7 @@ def _derangement(indices: np.ndarray, key: Array) -> np.ndarray:
 def _distributions(
     bank: dict[str, np.ndarray], config: EvaluationConfig
 ) -> dict[str, metrics.DistanceDistribution]:
-    """Distribution of clean distances by each divergence, over an evenly spaced part of the bank."""
+    """Distribution of clean distances by each divergence, over evenly spaced images of the bank."""
     clean = bank["clean"]
     wanted = len(clean) if config.num_distribution is None else config.num_distribution
     chosen = jnp.asarray(clean[evenly_spaced(len(clean), min(wanted, len(clean)))])
@@ -462,9 +468,8 @@ def _gallery(run: Run, bank: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.
     gallery, attacked = run.read_parts("gallery"), run.read_parts("breakaway")["attacked"]
     shown = run.read_parts("breakaway")["index"]
     rows = [np.flatnonzero(shown == index)[0] for index in gallery["index"] if index in shown]
-    nearest = metrics.nearest_neighbours(
-        jnp.asarray(attacked[rows]), bank["clean"], k=min(_NUM_NEIGHBOURS, len(bank["clean"])), mesh=mesh
-    )
+    k = min(_NUM_NEIGHBOURS, len(bank["clean"]))
+    nearest = metrics.nearest_neighbours(jnp.asarray(attacked[rows]), bank["clean"], k=k, mesh=mesh)
     keep = np.isin(gallery["index"], shown)
     gallery = {name: value[keep] for name, value in gallery.items()}
     return gallery | {"neighbours": bank["index"][np.asarray(nearest.indices)]}

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,9 +45,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically; dataclasses, paths, NumPy scalars and arrays become plain values."""
+    """Writes JSON atomically; dataclasses, paths and NumPy values become plain, NaN and inf null."""
+    value = _finite(json.loads(json.dumps(value, default=_plain)))
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
@@ -169,6 +171,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise TypeError(f"Expected a JSON value, got {type(value).__name__}.")
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with null for each number that JSON cannot write."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _version(package: str) -> str:

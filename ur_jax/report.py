@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +10,9 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from ur_jax.certify import certified_accuracy
 from ur_jax.evaluation import Measurement
+from ur_jax.intervals import Estimate
 from ur_jax.metrics import METRICS
 from ur_jax.records import atomic_path
 
@@ -45,6 +47,22 @@ def label_free_table(
     return table
 
 
+def certificate_table(title: str, estimates: Mapping[str, Estimate]) -> Table:
+    """Rows of measure, value with 95 % interval, and n.
+
+    Args:
+      title: above the table.
+      estimates: {measure: estimate} of a certification.
+    """
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("measure", no_wrap=True)
+    for column in ("value", "95 % interval", "n"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, (value, low, high, n) in estimates.items():
+        table.add_row(name, f"{value:.3f}", f"{low:.3f} to {high:.3f}", str(n))
+    return table
+
+
 def plot_distances(path: Path, attacks: dict[str, np.ndarray], divergence: str = "l2") -> None:
     """Distance against attack step, a panel per eps: median and the central 50 % and 90 %.
 
@@ -54,8 +72,9 @@ def plot_distances(path: Path, attacks: dict[str, np.ndarray], divergence: str =
       divergence: which distance.
     """
     radii = np.unique(attacks["eps"])
+    size = (5 * len(radii), 3.6)
     figure, axes = plt.subplots(
-        1, len(radii), figsize=(5 * len(radii), 3.6), sharey=True, squeeze=False, layout="constrained"
+        1, len(radii), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     for axis, eps in zip(axes[0], radii):
         for mode, color in _COLORS.items():
@@ -137,6 +156,53 @@ def plot_gallery(
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=8)
     figure.supxlabel("green frame: the image itself", fontsize=8)
+    _save(figure, path)
+
+
+def plot_radii(path: Path, certificates: dict[str, np.ndarray]) -> None:
+    """Certified accuracy (or, without labels, fraction certified) against the radius.
+
+    Args:
+      path: PNG to write.
+      certificates: columns of `certificates.parquet` of randomized smoothing.
+    """
+    radius, label = certificates["radius"], certificates["label"]
+    correct, name = ~certificates["abstained"], "fraction certified"
+    if (label >= 0).all():
+        correct = correct & (certificates["predicted"] == label)
+        name = "certified accuracy"
+    grid = np.linspace(0.0, max(float(radius.max()) * 1.05, 1e-3), 400)
+    curve = certified_accuracy(radius, correct, grid)
+    _plot_fractions(path, [(grid, curve, "l2 radius (pixel units)")], name)
+
+
+def plot_eps_out(path: Path, certificates: dict[str, np.ndarray]) -> None:
+    """Fraction certified against eps_out, as a quantile of clean distances and normalised.
+
+    Args:
+      path: PNG to write.
+      certificates: columns of `certificates.parquet` of center smoothing.
+    """
+    panels = []
+    for name, label in (
+        ("quantile", "eps_out as a quantile of clean distances"),
+        ("normalised", "eps_out / median clean distance"),
+    ):
+        values = np.where(certificates["abstained"], np.inf, certificates[name])
+        top = 1.0 if name == "quantile" else 1.05 * values[np.isfinite(values)].max(initial=1e-3)
+        grid = np.linspace(0.0, top, 400)
+        panels.append((grid, (values[:, None] <= grid).mean(axis=0), label))
+    _plot_fractions(path, panels, "fraction certified")
+
+
+def _plot_fractions(path: Path, panels: Sequence[tuple], name: str) -> None:
+    """Fractions `name` of images as steps: panels of (x, fraction, label of x)."""
+    size = (4.8 * len(panels), 3.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, (x, fraction, label) in zip(axes[0], panels):
+        axis.step(x, fraction, where="post", color="#1d4ed8")
+        axis.set(xlabel=label, ylim=(-0.02, 1.02))
+    axes[0, 0].set_ylabel(name)
     _save(figure, path)
 
 

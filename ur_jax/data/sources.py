@@ -155,7 +155,7 @@ def _first_level(name: str) -> str:
     return name.partition("/")[0] if "/" in name else ""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _photograph(name: str) -> Image.Image:
     """Returns a demo photograph, decoded once per process (17 MB for all)."""
     path = Path(skimage.__file__).parent / "data" / _DEMO_PHOTOGRAPHS[name]
