@@ -16,6 +16,7 @@ import command
 import jax
 import numpy as np
 import tyro
+from rich import box
 from rich.table import Table
 
 import ur_jax
@@ -75,10 +76,12 @@ def main(config: Config) -> None:
     images = batch.images[batch.mask]
     nearest = nearest_image_classifier(encoder, jax.jit(encode)(encoder, images))
     batch_size = config.batch_size or fit_batch_size(encode, encoder, images.shape[1:])
-    table = Table(title=f"{config.encoder} on {len(images)} images of {config.images}")
+    title = f"{config.encoder} on {len(images)} images of {config.images}"
+    caption = "samples and seconds per image; size: mean eps_out or radius"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("setting", no_wrap=True)
-    for name in ("samples/image", "seconds/image", "certified", "eps_out, radius"):
-        table.add_column(name, justify="right")
+    for name in ("samples", "seconds", "certified", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
     key = jax.random.key(config.seed)
     for name, setting in settings(config.divide):
         is_center = isinstance(setting, CenterConfig)
