@@ -50,7 +50,7 @@ class Config:
     """Folder of the results; a run that stopped there goes on."""
     method: Literal["center", "randomized"] = "center"
     preset: str = "adaptive"
-    """adaptive, quick (the same, smaller) or paper (fixed numbers of samples, spec section 4)."""
+    """adaptive, quick (the same, smaller) or paper (fixed numbers of samples)."""
     num_images: int = 200
     """Evenly spaced subset of the images."""
     seed: int = 0

@@ -32,7 +32,7 @@ class Config:
     out: Path = tyro.MISSING
     """Folder of the results; a run that stopped there goes on."""
     preset: str = "paper"
-    """paper (spec section 4) or quick (minutes on a laptop)."""
+    """paper (its protocol) or quick (minutes on a laptop)."""
     name: str | None = None
     """Which encoder a published file holds."""
     representation: str = "paper"

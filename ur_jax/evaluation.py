@@ -40,7 +40,7 @@ _UNTARGETED, _TARGETED, _TARGETS, _OVERLAP, _PAIRS, _BREAKAWAY, _DISTRIBUTION = 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """The label-free protocol; the defaults are the paper's (spec section 4).
+    """The label-free protocol; the defaults are the paper's.
 
     Attributes:
       num_images: images attacked, and pairs of the overlap risk (at most half of all images).
@@ -129,7 +129,7 @@ def evaluate(
     num_workers: int = 0,
     progress: Progress = lambda iterable, description, total: iterable,
 ) -> Evaluation:
-    """Computes the label-free table of spec section 2, but for certification.
+    """Computes the paper's label-free measures of one encoder, but for certification.
 
     Args:
       encoder: the encoder.
