@@ -46,6 +46,12 @@ class Config:
     divide: int = 1
     """Divides the numbers of samples of all settings, to try it out."""
 
+    def __post_init__(self):
+        if self.num_images < 2:
+            raise ValueError(
+                f"Expected --num-images >= 2, got {self.num_images}: the images are the classes."
+            )
+
 
 def settings(divide: int) -> list[tuple[str, CenterConfig | RandomizedConfig]]:
     """The settings compared: (name, configuration)."""
