@@ -138,8 +138,9 @@ def check_images(encoder: Encoder, images: Array) -> None:
     _check_shape(encoder, images)
     if isinstance(images, jax.core.Tracer):
         return
-    low, high = float(jnp.min(images)), float(jnp.max(images))
-    if not (low >= 0.0 and high <= 1.0):  # also catches NaN
+    # By comparisons, which a NaN fails: on CPUs a vectorised minimum or maximum can lose it.
+    if not jnp.all((images >= 0.0) & (images <= 1.0)):
+        low, high = float(jnp.min(images)), float(jnp.max(images))
         remedy = "divide by 255" if high > 1.5 else "clip the images, and look for NaN"
         raise ValueError(f"Expected pixels in [0,1], got [{low:g}, {high:g}]; {remedy}.")
 
