@@ -62,9 +62,12 @@ def main(config: Config) -> None:
         "source": config.source.name,
         "source_sha256": weights.file_sha256(config.source),
     }
-    checkpoints.save_encoder(config.out, published.variables, metadata)
+    training = {"training": published.parts} if published.parts else {}
+    checkpoints.save_encoder(config.out, published.variables | training, metadata)
     lines = [f"Wrote {config.out}: {spec.name} from {config.source.name}"]
     lines.append(f"SHA-256 of the source: {metadata['source_sha256']}")
+    if published.parts:
+        lines.append(f"With what training goes on from: {', '.join(published.parts)}")
     if published.left_out:
         lines.append(f"Left out: {len(published.left_out)} tensors outside {config.prefix!r}")
     lines.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -64,6 +65,21 @@ def _stop_after(count):
     return interrupted
 
 
+def _stop_at_row(row):
+    """A counter that ends the process, as it were, when the metrics of a row are due."""
+    left = itertools.count(row - 1, -1)
+
+    @contextlib.contextmanager
+    def counter(*_):
+        def update(*_):
+            if next(left) == 0:
+                raise KeyboardInterrupt
+
+        yield update
+
+    return counter
+
+
 def test_train_then_knn_then_evaluate(tiny, images, tmp_path, monkeypatch, capsys):
     config = train.Config(
         images=images, out=tmp_path / "whole", batch_size=8, num_epochs=3, group_size=4,
@@ -73,7 +89,7 @@ def test_train_then_knn_then_evaluate(tiny, images, tmp_path, monkeypatch, capsy
     # Killed in the second epoch, resumed: the same weights, bit for bit.
     killed = dataclasses.replace(config, out=tmp_path / "killed")
     with monkeypatch.context() as patch:
-        patch.setattr(train.command, "progress", _stop_after(4))
+        patch.setattr(train.command, "counter", _stop_at_row(2))
         with pytest.raises(KeyboardInterrupt):
             train.main(killed)
     train.main(killed)

@@ -1,22 +1,30 @@
-"""Training: MoCo v2's step against the reference, schedules, and what devices must not change."""
+"""Training steps against the reference and a float64 twin, and what devices must not change."""
 
 from __future__ import annotations
 
 import functools
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference_rules
+import torch
+from flax import traverse_util
 
 from ur_jax import losses, sharding, training, weights
-from ur_jax.encoders.heads import MocoV2Head
-from ur_jax.encoders.layers import NormConfig
-from ur_jax.encoders.networks import Network
+from ur_jax.attacks import AttackConfig, u_pgd
+from ur_jax.encoders import from_fn, heads, published
+from ur_jax.encoders.layers import Dense, DenseNorm, NormConfig
+from ur_jax.encoders.networks import Network, NetworkFn
 from ur_jax.encoders.published import dense_rules, resnet_rules
-from ur_jax.encoders.resnet import BasicBlock, ResNet, resnet18
+from ur_jax.encoders.resnet import resnet18
 from ur_jax.encoders.spec import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
+from ur_jax.encoders.vit import ViT, sincos_positions
+from ur_jax.training import step
 
 SPEC = EncoderSpec(
     name="golden",
@@ -25,7 +33,7 @@ SPEC = EncoderSpec(
     url="",
     file_name="",
     licence="",
-    network=lambda folded: Network(resnet18(folded=folded), MocoV2Head(512, 16)),
+    network=lambda folded: Network(resnet18(folded=folded), heads.MocoV2Head(512, 16)),
     rules=(*resnet_rules((2, 2, 2, 2)), *dense_rules(r"fc\.(\d)", r"head/fc\1")),
     paper="projection",
     input_size=(32, 32),
@@ -64,9 +72,65 @@ def _variables(name: str):
     return jax.tree.map(jnp.asarray, weights.map_tensors(tensors, SPEC).variables)
 
 
-@pytest.fixture(scope="module")
-def clean_step(golden):
-    """One golden training step: (expected, method, state, views, optimizer)."""
+def _close(actual, expected, share):
+    """Asserts max|a - b| <= share * max|b|."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= share * np.abs(expected).max()
+
+
+def _golden_images(size):
+    """View 1, view 2 and the attacked view 1 of the reference's training steps."""
+    first, second = (
+        np.stack([reference_rules.image(104 + n, size, size, stream) for n in range(8)])
+        for stream in (7, 8)
+    )
+    sign = 2 * np.random.default_rng([0, 19]).integers(0, 2, first.shape) - 1
+    attacked = np.clip(first + np.float32(0.05) * sign.astype(np.float32), 0, 1)
+    return training.Views(jnp.asarray(first), jnp.asarray(second)), jnp.asarray(attacked)
+
+
+def _at(tree, path):
+    """A leaf or subtree by its "/"-separated path."""
+    return functools.reduce(lambda node, part: node[part], path.split("/"), tree)
+
+
+def _forward(method, views, attacked):
+    """A jitted (state) -> (mean loss, (batch_stats, target, logits)), gradients by its params."""
+    rows = jnp.arange(len(views.first), dtype=jnp.int32)
+    apart = lambda fn, *trees: fn(*trees)
+
+    def loss(params, state):
+        target, targets = method.targets(state, views, jax.random.key(1), apart)
+        if attacked is not None:
+            target, targets = method.attacked_targets(target, targets, attacked, apart)
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        part = step.Part(rows, views, attacked)
+        losses, batch_stats, _ = method.losses(variables, target, targets, part)
+        return losses.mean(), (batch_stats, method.finish(target, targets), targets)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def _two_steps(method, optimizer, state, views, attacked):
+    """The reference's scenario: forward, step, forward again; (loss, aux, grads), after, loss."""
+    forward = _forward(method, views, attacked)
+    (loss, (batch_stats, target, targets)), grads = forward(state.params, state)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    after = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        target=target,
+        opt_state=opt_state,
+    )
+    (second_loss, _), _ = forward(after.params, after)
+    return loss, targets, grads, after, second_loss
+
+
+@pytest.mark.parametrize("scenario", ["clean", "attacked"])
+def test_mocov2_step_equals_the_reference(golden, scenario):
+    expected = golden("training_mocov2.npz")
     query, key = _variables("encoder_q"), _variables("encoder_k")
     queue = np.random.default_rng([0, 14]).standard_normal((16, 64))
     queue = (queue / np.linalg.norm(queue, axis=0)).astype(np.float32).T
@@ -80,85 +144,153 @@ def clean_step(golden):
         momentum=0.999,
     )
     optimizer = training.sgd(lambda step: 0.03)
-    state = training.init_state(method, query, optimizer, jax.random.key(0))
-    target = {**key, "queue": jnp.asarray(queue), "position": jnp.zeros((), jnp.int32)}
-    state = state.replace(target=target)
-    views = training.Views(
-        *(
-            jnp.asarray(np.stack([reference_rules.image(104 + n, 32, 32, s) for n in range(8)]))
-            for s in (7, 8)
-        )
-    )
-    return golden("training_mocov2.npz"), method, state, views, optimizer
+    state = training.init_state(method, query, optimizer, jax.random.key(0), {"momentum": key})
+    position = jnp.asarray({"clean": 0, "attacked": 56}[scenario], jnp.int32)
+    state.target.update(queue=jnp.asarray(queue), position=position)
+    views, attacked = _golden_images(32)
+    attacked = attacked if scenario == "attacked" else None
+    loss, keys, grads, after, second_loss = _two_steps(method, optimizer, state, views, attacked)
 
+    np.testing.assert_allclose(loss, expected[f"{scenario}_loss"], rtol=5e-5)
+    np.testing.assert_allclose(second_loss, expected[f"{scenario}_second_loss"], rtol=1e-3)
+    _close(after.target["queue"].T, expected[f"{scenario}_queue"], 1e-4)
+    assert int(after.target["position"]) == int(expected[f"{scenario}_queue_ptr"][0])
 
-def _close(actual, expected, share):
-    """Asserts max|a - b| <= share * max|b|."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= share * np.abs(expected).max()
+    def logits(images):
+        queries = losses.normalize(method.represent(state.variables, state.target, images))
+        return losses.moco_logits(queries, keys, jnp.asarray(queue), temperature=0.2)
 
+    rows = [jax.jit(logits)(x) for x in (views.first, attacked) if x is not None]
+    _close(np.concatenate(rows), expected[f"{scenario}_logits"], 2e-4)
 
-def test_mocov2_step_equals_the_reference(clean_step):
-    expected, method, state, views, optimizer = clean_step
-    draw = jax.random.key(1)
-
-    @jax.jit
-    def forward(params, state):
-        target, keys = method.targets(state.target, state.params, views, draw)
-        queries, _ = method._project(params, state.batch_stats, views.first)
-        logits = losses.moco_logits(queries, keys, target["queue"], temperature=0.2)
-        per_image, batch_stats, _ = method.loss(params, state.batch_stats, target, keys, views)
-        return per_image.mean(), (logits, batch_stats, method.finish(target, keys))
-
-    (loss, aux), grads = jax.value_and_grad(forward, has_aux=True)(state.params, state)
-    logits, batch_stats, target = aux
-    np.testing.assert_allclose(loss, expected["clean_loss"], rtol=5e-5)
-    _close(logits, expected["clean_logits"], 2e-4)
-    _close(target["queue"].T, expected["clean_queue"], 1e-4)
-    assert int(target["position"]) == int(expected["clean_queue_ptr"][0]) == 8
-
-    backbone, head = grads["backbone"], grads["head"]
-    ours = {
-        "conv1.weight": backbone["stem"]["conv"]["kernel"],
-        "bn1.weight": backbone["stem"]["norm"]["scale"],
-        "layer1.0.conv1.weight": backbone["stage1_block1"]["conv1"]["conv"]["kernel"],
-        "layer2.0.downsample.0.weight": backbone["stage2_block1"]["shortcut"]["conv"]["kernel"],
-        "layer3.1.bn2.bias": backbone["stage3_block2"]["conv2"]["norm"]["bias"],
-        "layer4.1.conv2.weight": backbone["stage4_block2"]["conv2"]["conv"]["kernel"],
-        "fc.0.weight": head["fc0"]["kernel"],
-        "fc.2.weight": head["fc2"]["kernel"],
-        "fc.2.bias": head["fc2"]["bias"],
+    paths = {
+        "conv1.weight": "backbone/stem/conv/kernel",
+        "bn1.weight": "backbone/stem/norm/scale",
+        "layer1.0.conv1.weight": "backbone/stage1_block1/conv1/conv/kernel",
+        "layer2.0.downsample.0.weight": "backbone/stage2_block1/shortcut/conv/kernel",
+        "layer3.1.bn2.bias": "backbone/stage3_block2/conv2/norm/bias",
+        "layer4.1.conv2.weight": "backbone/stage4_block2/conv2/conv/kernel",
+        "fc.0.weight": "head/fc0/kernel",
+        "fc.2.weight": "head/fc2/kernel",
+        "fc.2.bias": "head/fc2/bias",
     }
-    norms = [
-        np.linalg.norm(ours[str(name).removeprefix("encoder_q.")])
-        for name in expected["grad_names"]
-    ]
-    np.testing.assert_allclose(norms, expected["clean_grad_l2"], rtol=2e-3)
-    _close(ours["bn1.weight"], expected["clean_grad.encoder_q.bn1.weight"], 2e-2)
-    _close(ours["fc.2.bias"], expected["clean_grad.encoder_q.fc.2.bias"], 2e-4)
-
-    after = "clean_after_forward.encoder"
-    for stats, name, node in (
-        (batch_stats, f"{after}_q.bn1", ("stem",)),
-        (batch_stats, f"{after}_q.layer4.1.bn2", ("stage4_block2", "conv2")),
-        (target["batch_stats"], f"{after}_k.bn1", ("stem",)),
+    names = [str(name).removeprefix("encoder_q.") for name in expected["grad_names"]]
+    norms = [np.linalg.norm(_at(grads, paths[name])) for name in names]
+    np.testing.assert_allclose(norms, expected[f"{scenario}_grad_l2"], rtol=2e-3)
+    for name, share in (("bn1.weight", 2e-2), ("fc.2.bias", 2e-4)):
+        _close(_at(grads, paths[name]), expected[f"{scenario}_grad.encoder_q.{name}"], share)
+        was = expected[f"{scenario}_after_sgd.encoder_q.{name}"]
+        _close(_at(after.params, paths[name]), was, 5e-4)
+        was = expected[f"{scenario}_after_forward.encoder_k.{name}"]
+        _close(_at(after.target["params"], paths[name]), was, 1e-5)
+    for stats, name, path in (
+        (after.batch_stats, "q.bn1", "backbone/stem/norm"),
+        (after.batch_stats, "q.layer4.1.bn2", "backbone/stage4_block2/conv2/norm"),
+        (after.target["batch_stats"], "k.bn1", "backbone/stem/norm"),
     ):
-        norm = functools.reduce(lambda tree, part: tree[part], node, stats["backbone"])["norm"]
-        _close(norm["mean"], expected[f"{name}.running_mean"], 1e-5)
-        _close(norm["var"], expected[f"{name}.running_var"], 1e-5)
-    moved = target["params"]
-    _close(moved["backbone"]["stem"]["norm"]["scale"], expected[f"{after}_k.bn1.weight"], 1e-5)
-    _close(moved["head"]["fc2"]["bias"], expected[f"{after}_k.fc.2.bias"], 1e-5)
+        for ours, theirs in (("mean", "running_mean"), ("var", "running_var")):
+            was = expected[f"{scenario}_after_forward.encoder_{name}.{theirs}"]
+            _close(_at(stats, f"{path}/{ours}"), was, 1e-5)
 
-    step = jax.jit(functools.partial(training.train_step, method, optimizer))
-    state, metrics = step(state, views, draw)
-    np.testing.assert_allclose(metrics["loss"], expected["clean_loss"], rtol=5e-5)
-    after = "clean_after_sgd.encoder_q"
-    _close(state.params["backbone"]["stem"]["norm"]["scale"], expected[f"{after}.bn1.weight"], 5e-4)
-    _close(state.params["head"]["fc2"]["bias"], expected[f"{after}.fc.2.bias"], 5e-4)
-    _, metrics = step(state, views, draw)
-    np.testing.assert_allclose(metrics["loss"], expected["clean_second_loss"], rtol=1e-3)
+
+def _mocov3_variables(name, positions):
+    """Variables of base_encoder, momentum_encoder or predictor by the fill rule."""
+    shapes, dim = {}, 48
+    if name == "predictor":
+        shapes |= {"0.weight": (32, 16), "3.weight": (16, 32)}
+        norms = {"1": (32, True), "4": (16, False)}
+        rules = published._MOCOV3_PREDICTOR_RULES
+    else:
+        shapes |= {"cls_token": (1, 1, dim), "patch_embed.proj.weight": (dim, 3, 16, 16)}
+        shapes |= {"patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,)}
+        for block in ("blocks.0", "blocks.1"):
+            for norm in ("norm1", "norm2"):
+                shapes |= {f"{block}.{norm}.{last}": (dim,) for last in ("weight", "bias")}
+            sizes = {"attn.qkv": (144, 48), "attn.proj": (48, 48)}
+            for layer, size in (sizes | {"mlp.fc1": (192, 48), "mlp.fc2": (48, 192)}).items():
+                shapes |= {f"{block}.{layer}.weight": size, f"{block}.{layer}.bias": size[:1]}
+        shapes |= {"head.0.weight": (32, 48), "head.3.weight": (32, 32), "head.6.weight": (16, 32)}
+        norms = {"head.1": (32, True), "head.4": (32, True), "head.7": (16, False)}
+        rules = published._MOCOV3_RULES
+    for key, (width, affine) in norms.items():
+        names = ("weight", "bias", "running_mean", "running_var")[0 if affine else 2 :]
+        shapes |= {f"{key}.{last}": (width,) for last in names}
+    tensors = {key: reference_rules.fill(f"{name}.{key}", shape) for key, shape in shapes.items()}
+    if name != "predictor":
+        tensors["pos_embed"] = positions
+    flat = {}
+    for key, tensor in tensors.items():
+        for rule in rules:
+            if match := re.fullmatch(rule.source, key):
+                flat[match.expand(rule.destination)] = weights._arrange(tensor, rule.layout)
+    assert len(flat) == len(tensors)
+    return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat, sep="/"))
+
+
+@pytest.mark.parametrize("scenario", ["clean", "attacked"])
+def test_mocov3_step_equals_the_reference(golden, scenario):
+    expected = golden("training_mocov3.npz")
+    network = Network(
+        ViT(48, 2, 3, image_size=64, fixed_positions=True, freeze_patches=True),
+        heads.mocov3_projector(32, 16),
+    )
+    base, momentum, predictor = (
+        _mocov3_variables(name, expected["pos_embed"])
+        for name in ("base_encoder", "momentum_encoder", "predictor")
+    )
+    ours = sincos_positions(4, 4, 48)
+    np.testing.assert_allclose(ours, expected["pos_embed"][0], atol=1e-6)
+    method = training.MocoV3(
+        network, IMAGENET_MEAN, IMAGENET_STD, lambda step: 0.99, dimension=16, hidden=32
+    )
+    mask = training.trained_mask(published.ENCODERS["mocov3"].frozen)
+    optimizer = training.adamw(lambda step: 7.5e-4, mask=mask)
+    parts = {"momentum": momentum, "predictor": predictor}
+    state = training.init_state(method, base, optimizer, jax.random.key(0), parts)
+    views, attacked = _golden_images(64)
+    attacked = attacked if scenario == "attacked" else None
+    loss, _, grads, after, second_loss = _two_steps(method, optimizer, state, views, attacked)
+
+    np.testing.assert_allclose(loss, expected[f"{scenario}_loss"], rtol=2e-5)
+    np.testing.assert_allclose(second_loss, expected[f"{scenario}_second_loss"], rtol=1e-3)
+    paths = {
+        "base_encoder.cls_token": "encoder/backbone/class_token",
+        "base_encoder.blocks.0.norm1.bias": "encoder/backbone/block0/norm1/bias",
+        "base_encoder.blocks.0.attn.qkv.weight": "encoder/backbone/block0/qkv/kernel",
+        "base_encoder.blocks.0.attn.qkv.bias": "encoder/backbone/block0/qkv/bias",
+        "base_encoder.blocks.1.mlp.fc2.weight": "encoder/backbone/block1/contract/kernel",
+        "base_encoder.norm.weight": "encoder/backbone/final_norm/scale",
+        "base_encoder.head.0.weight": "encoder/head/layer1/dense/kernel",
+        "base_encoder.head.6.weight": "encoder/head/layer3/dense/kernel",
+        "predictor.0.weight": "predictor/layer1/dense/kernel",
+        "predictor.1.weight": "predictor/layer1/norm/scale",
+        "predictor.3.weight": "predictor/layer2/dense/kernel",
+    }
+    norms = [np.linalg.norm(_at(grads, paths[str(name)])) for name in expected["grad_names"]]
+    np.testing.assert_allclose(norms, expected[f"{scenario}_grad_l2"], rtol=1e-4)
+    for name in ("base_encoder.cls_token", "predictor.1.weight"):
+        _close(_at(grads, paths[name]), expected[f"{scenario}_grad.{name}"].ravel(), 2e-4)
+        was = expected[f"{scenario}_after_adamw.{name}"].ravel()
+        _close(_at(after.params, paths[name]), was, 1e-5)
+    for name, path in (
+        ("norm.weight", "backbone/final_norm/scale"),
+        ("head.1.weight", "head/layer1/norm/scale"),
+        ("patch_embed.proj.bias", "backbone/patch_bias"),
+    ):
+        was = expected[f"{scenario}_after_forward.momentum_encoder.{name}"]
+        _close(_at(after.target["params"], path), was, 1e-5)
+    for stats, name, path in (
+        (after.batch_stats, "base_encoder.head.1", "encoder/head/layer1/norm"),
+        (after.target["batch_stats"], "momentum_encoder.head.1", "head/layer1/norm"),
+        (after.batch_stats, "predictor.1", "predictor/layer1/norm"),
+    ):
+        for ours, theirs in (("mean", "running_mean"), ("var", "running_var")):
+            was = expected[f"{scenario}_after_forward.{name}.{theirs}"]
+            _close(_at(stats, f"{path}/{ours}"), was, 1e-5)
+    # Neither gradient nor decay moves what the encoder holds constant.
+    for name in ("patch_kernel", "patch_bias", "positions"):
+        before = base["params"]["backbone"][name]
+        np.testing.assert_array_equal(after.params["encoder"]["backbone"][name], before)
 
 
 def test_queue_wraps_around():
@@ -178,6 +310,28 @@ def test_schedules_equal_the_reference_table():
     table = ((0, 0), (0.5, 9.375e-6), (20, 3.75e-4), (39.75, 0.0007453125), (40, 7.5e-4))
     for epoch, rate in (*table, (100.25, 0.0006615642793), (155, 0.0004614809515)):
         np.testing.assert_allclose(v3(int(4 * epoch)), rate, rtol=2e-4)
+    momentum = training.momentum_schedule(0.99, steps_per_epoch=4, num_epochs=310)
+    for epoch, value in ((0, 0.99), (39.75, 0.9904002301), (155, 0.995), (309, 0.9999997432)):
+        np.testing.assert_allclose(momentum(int(4 * epoch)), value, rtol=1e-6)
+
+
+def test_schedules_go_on_from_a_checkpoint():
+    v2 = training.cosine_schedule(
+        0.03, steps_per_epoch=10, num_epochs=210, start_epoch=200, per_epoch=True
+    )
+    table = ((0, 0.0001675376066), (1, 0.0001357535735), (5, 4.194304228e-05), (9, 1.678472846e-06))
+    for epoch, rate in table:
+        np.testing.assert_allclose(v2(10 * epoch + 9), rate, rtol=2e-4)
+    where = dict(steps_per_epoch=4, num_epochs=310, start_epoch=300)
+    v3 = training.cosine_schedule(7.5e-4, warmup_epochs=40, **where)
+    momentum = training.momentum_schedule(0.99, **where)
+    for step_number, rate, value in (
+        (0, 2.535615847e-06, 0.9999743466),
+        (2, 2.288645095e-06, 0.9999768459),
+        (20, 6.344406483e-07, 0.9999935825),
+    ):
+        np.testing.assert_allclose(v3(step_number), rate, rtol=1e-3)
+        np.testing.assert_allclose(momentum(step_number), value, rtol=1e-6)
 
 
 def test_in_batch_info_nce_equals_float64():
@@ -186,35 +340,244 @@ def test_in_batch_info_nce_equals_float64():
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
     logits = unit(q) @ unit(k).T / 0.2
     expected = 0.4 * (np.log(np.exp(logits).sum(1)) - np.diag(logits))
-    ours = losses.in_batch_info_nce(jnp.float32(q), jnp.float32(k), temperature=0.2)
+    rows = jnp.arange(6)
+    ours = losses.in_batch_info_nce(jnp.float32(q), jnp.float32(k), rows, temperature=0.2)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
-def test_one_device_equals_eight():
-    network = Network(
-        ResNet((1, 1), BasicBlock, width=4, stem="cifar", norm=NormConfig(group_size=2)),
-        MocoV2Head(8, 6),
-    )
-    method = training.MocoV2(network, IMAGENET_MEAN, IMAGENET_STD, dimension=6, queue_size=32)
-    images = jnp.asarray(np.random.default_rng(0).random((2, 16, 8, 8, 3), np.float32))
-    variables = network.init(jax.random.key(0), images[0])
-    optimizer = training.sgd(lambda step: 0.05)
-    step = jax.jit(functools.partial(training.train_step, method, optimizer))
+class Tiny(nn.Module):
+    """Flattened pixels, a linear layer with BatchNorm, tanh, a linear layer."""
 
-    def train(place_state, place_batch):
+    group_size: int | None = 4
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        norm = NormConfig(group_size=self.group_size)
+        x = DenseNorm(6, norm=norm, name="hidden")(x.reshape(len(x), -1), train)
+        return {"projection": Dense(3, name="last")(jnp.tanh(x))}
+
+
+class Twin:
+    """`Tiny` in torch, float64, from our variables."""
+
+    def __init__(self, variables, group_size=4):
+        tensor = lambda x: torch.tensor(np.array(x), dtype=torch.float64)
+        params, self.stats = jax.tree.map(tensor, (variables["params"], variables["batch_stats"]))
+        hidden, last = params["hidden"], params["last"]
+        self.group_size = group_size
+        self.params = {
+            "hidden/dense/kernel": hidden["dense"]["kernel"],
+            "hidden/norm/scale": hidden["norm"]["scale"],
+            "hidden/norm/bias": hidden["norm"]["bias"],
+            "last/kernel": last["kernel"],
+            "last/bias": last["bias"],
+        }
+
+    def __call__(self, x, train=True):
+        p = self.params
+        x = ((x - 0.4) / 0.5).reshape(len(x), -1) @ p["hidden/dense/kernel"]
+        if train:
+            x = x.reshape(-1, self.group_size, x.shape[-1])
+            x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+            x = x.reshape(-1, x.shape[-1])
+        else:
+            stats = self.stats["hidden"]["norm"]
+            x = (x - stats["mean"]) / (stats["var"] + 1e-5).sqrt()
+        x = torch.tanh(x * p["hidden/norm/scale"] + p["hidden/norm/bias"])
+        return x @ p["last/kernel"] + p["last/bias"]
+
+
+MEAN, STD = (0.4,) * 3, (0.5,) * 3
+CONFIG = AttackConfig(eps=0.05, step_size=0.02, num_steps=3)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Images of two views, and variables of `Tiny` that are not those of initialisation."""
+    rng = np.random.default_rng(3)
+    images = jnp.asarray(rng.random((2, 16, 4, 4, 3), np.float32))
+    variables = Tiny().init(jax.random.key(0), images[0])
+    noisy = lambda x: jnp.asarray(x + 0.2 * rng.random(x.shape), jnp.float32)
+    return training.Views(*images), jax.tree.map(noisy, variables)
+
+
+def _twin_attack(objective, images, key):
+    """PGD in float64 from the documented random start: image i uses the key's fold i."""
+    draw = lambda i: jax.random.uniform(jax.random.fold_in(key, i), (4, 4, 3), minval=-1.0)
+    start = np.stack([draw(i) for i in range(len(images))])
+    low = torch.tensor(np.maximum(images - 0.05, 0), dtype=torch.float64)
+    high = torch.tensor(np.minimum(images + 0.05, 1), dtype=torch.float64)
+    x = torch.tensor(np.asarray(images) + 0.05 * start, dtype=torch.float64)
+    x = torch.minimum(torch.maximum(x, low), high)
+    for _ in range(3):
+        x.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(objective(x).sum(), x)
+        x = torch.minimum(torch.maximum(x.detach() + 0.02 * gradient.sign(), low), high)
+    return x
+
+
+def _unit(x):
+    return x / x.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", ["untargeted", "targeted", "loss"])
+def test_attacked_mocov2_step_equals_a_float64_twin(tiny, kind):
+    views, variables = tiny
+    method = training.MocoV2(
+        Tiny(), MEAN, STD, dimension=3, queue_size=32, temperature=0.2, momentum=0.9, group_size=4
+    )
+    optimizer = training.sgd(lambda step: 0.1, weight_decay=0.0, momentum=0.0)
+    state = training.init_state(method, variables, optimizer, jax.random.key(5))
+    key = jax.random.key(7)
+    adversary = training.Adversary(kind, CONFIG)
+    run = jax.jit(functools.partial(training.train_step, method, optimizer, adversary))
+    after, metrics, samples = run(state, views, key)
+
+    shuffle_key, attack_key = jax.random.split(key)
+    order = np.array(jax.random.permutation(shuffle_key, 16))
+    first, second = (torch.tensor(np.asarray(v), dtype=torch.float64) for v in views)
+    twin = Twin(variables)
+    keys = torch.empty(16, 3, dtype=torch.float64)
+    keys[order] = _unit(twin(second[order]))  # the key encoder equals the query encoder here
+    queue = torch.tensor(np.asarray(state.target["queue"]), dtype=torch.float64)
+
+    def info_nce(x):
+        queries = _unit(twin(x))
+        logits = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ queue.T], 1) / 0.2
+        return torch.logsumexp(logits, 1) - logits[:, 0]
+
+    clean, towards = twin(first), torch.roll(twin(second), 1, 0)
+    objective = {
+        "untargeted": lambda x: ((twin(x) - clean) ** 2).sum(1),
+        "targeted": lambda x: -((twin(x) - towards) ** 2).sum(1),
+        "loss": info_nce,
+    }[kind]
+    attacked = _twin_attack(objective, views.first, attack_key)
+    np.testing.assert_allclose(samples.attacked, attacked[:8], atol=2e-6)
+    for tensor in twin.params.values():
+        tensor.requires_grad_(True)
+    loss = torch.cat([info_nce(first), info_nce(attacked)]).mean()
+    np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
+    loss.backward()
+    for path, tensor in twin.params.items():
+        expected = (tensor - 0.1 * tensor.grad).detach()
+        np.testing.assert_allclose(_at(after.params, path), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fare_step_equals_a_float64_twin(tiny):
+    """The current weights differ from the original's, so that the two can't be confused."""
+    views, variables = tiny
+    encoder = from_fn(
+        NetworkFn(Tiny(), "projection"), variables, input_size=(4, 4), mean=MEAN, std=STD
+    )
+    method = training.Fare.of(encoder)
+    optimizer = training.sgd(lambda step: 0.01, weight_decay=0.0, momentum=0.0)
+    state = training.init_state(method, encoder.params, optimizer, jax.random.key(5))
+    state = state.replace(params=jax.tree.map(lambda x: 1.1 * x + 0.02, state.params))
+    key = jax.random.key(7)
+    adversary = training.Adversary("loss", CONFIG)
+    run = jax.jit(functools.partial(training.train_step, method, optimizer, adversary))
+    after, metrics, samples = run(state, views, key)
+
+    first = torch.tensor(np.asarray(views.first), dtype=torch.float64)
+    original = Twin(variables)(first, train=False)
+    now = Twin({"params": state.params, "batch_stats": variables["batch_stats"]})
+    distance = lambda x: ((now(x, train=False) - original) ** 2).sum(1)
+    attacked = _twin_attack(distance, views.first, jax.random.split(key)[1])
+    np.testing.assert_allclose(samples.attacked, attacked[:8], atol=2e-6)
+    for tensor in now.params.values():
+        tensor.requires_grad_(True)
+    loss = distance(attacked).mean()
+    np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
+    loss.backward()
+    for path, tensor in now.params.items():
+        expected = (tensor - 0.01 * tensor.grad).detach()
+        np.testing.assert_allclose(_at(after.params, path), expected, rtol=1e-4, atol=1e-5)
+    # What is not trained comes back as it was.
+    for a, b in zip(
+        jax.tree.leaves(method.encoder_variables(after)["batch_stats"]),
+        jax.tree.leaves(variables["batch_stats"]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def _method(name, variables):
+    """A method on `Tiny`, and the variables it begins with."""
+    shared = dict(dimension=3, group_size=8)
+    network = Tiny(8)
+    if name == "mocov2":
+        return training.MocoV2(network, MEAN, STD, queue_size=32, **shared), variables
+    if name == "mocov3":
+        return training.MocoV3(network, MEAN, STD, lambda s: 0.9, hidden=5, **shared), variables
+    fn = NetworkFn(network, "projection")
+    encoder = from_fn(fn, variables, input_size=(4, 4), mean=MEAN, std=STD)
+    return training.Fare.of(encoder), encoder.params
+
+
+@pytest.mark.parametrize("name", ["mocov2", "mocov3", "fare"])
+def test_devices_and_parts_change_nothing(tiny, name):
+    """Five steps on one device, and on eight with gradients accumulated over two parts."""
+    views, variables = tiny
+    method, variables = _method(name, variables)
+    optimizer = training.sgd(lambda step: 0.02)
+    # In l2 steps are continuous; a sign would turn rounding at a gradient of 0 into a whole step.
+    attack = AttackConfig(eps=0.3, step_size=0.1, num_steps=3, norm="l2")
+    adversary = training.Adversary("loss" if name == "fare" else "targeted", attack)
+    run = functools.partial(training.train_step, method, optimizer, adversary)
+    mesh = sharding.data_mesh()
+
+    def train(num_parts, place_state=lambda x: x, place_batch=lambda x: x):
+        step = jax.jit(functools.partial(run, num_parts=num_parts))
         state = place_state(training.init_state(method, variables, optimizer, jax.random.key(1)))
         for i in range(5):
-            views = place_batch(training.Views(images[0], images[1]))
-            state, metrics = step(state, views, jax.random.fold_in(jax.random.key(2), i))
-        return jax.tree.leaves((state, metrics))
+            key = jax.random.fold_in(jax.random.key(2), i)
+            state, metrics, samples = step(state, place_batch(views), key)
+        return jax.tree.leaves((state, metrics, samples))
 
-    mesh = sharding.data_mesh()
-    one = train(lambda x: x, lambda x: x)
+    one = train(1)
     eight = train(
-        functools.partial(sharding.replicate, mesh), functools.partial(sharding.shard, mesh)
+        2, functools.partial(sharding.replicate, mesh), functools.partial(sharding.shard, mesh)
     )
     for a, b in zip(one, eight, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_fare_makes_a_module_of_ones_own_robust(tiny):
+    """U-PGD moves it less afterwards, and clean representations stay near the original's."""
+    views, variables = tiny
+    fn = NetworkFn(Tiny(None), "projection")
+    encoder = from_fn(fn, variables, input_size=(4, 4), mean=MEAN, std=STD)
+    method = training.Fare.of(encoder)
+    optimizer = training.adamw(lambda step: 3e-3, weight_decay=0.0)
+    adversary = training.Adversary("loss", CONFIG)
+    step = jax.jit(functools.partial(training.train_step, method, optimizer, adversary))
+    state = training.init_state(method, encoder.params, optimizer, jax.random.key(0))
+    for i in range(150):
+        state, _, _ = step(state, views, jax.random.fold_in(jax.random.key(1), i))
+    tuned = encoder.replace(params=method.encoder_variables(state))
+
+    def moved(encoder):
+        attack = AttackConfig(eps=0.05, step_size=0.01, num_steps=10)
+        result = u_pgd(encoder, views.first, jax.random.key(9), config=attack)
+        return np.linalg.norm(result.representations - encoder(views.first), axis=1)
+
+    before, after = moved(encoder), moved(tuned)
+    assert np.median(after) < 0.7 * np.median(before), (before, after)
+    drift = np.linalg.norm(tuned(views.first) - encoder(views.first), axis=1)
+    # Stated bound: clean drift stays below the distance that an attack moved the original.
+    assert np.median(drift) < np.median(before)
+
+
+def test_bad_parts():
+    with pytest.raises(ValueError, match="divisible by the 4 images"):
+        step.check_parts(10, 4, 1)
+    with pytest.raises(ValueError, match="num_parts"):
+        step.check_parts(16, 4, 8)
+    with pytest.raises(ValueError, match="group_size with num_parts"):
+        step.check_parts(16, None, 2)
+    with pytest.raises(ValueError, match="loss, targeted, untargeted"):
+        training.Adversary("sideways")
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,8 @@ class AugmentConfig:
 # The linear probes train on crops and flips alone; the MoCo recipes are those of the papers'
 # appendices, at 224 x 224 pixels.
 PROBE = AugmentConfig()
+# Mild crops and flips: FARE keeps the representations of images as they are used.
+FARE = AugmentConfig(area=(0.5, 1.0))
 MOCO_V2 = AugmentConfig(
     area=(0.2, 1.0),
     brightness=0.4,

@@ -10,6 +10,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import signal
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,6 +116,14 @@ class TrainingCheckpoints:
         )
         self._directory = _absolute(directory)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._asked, self._before = threading.Event(), None
+        # On a pod, JAX's coordinator listens itself, and all hosts stop at the same step.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Whether the machine wants its processes to stop: by SIGTERM, or a pod's preemption."""
+        return self._asked.is_set() or self._manager.reached_preemption(step)
 
     @property
     def latest_step(self) -> int | None:
@@ -166,6 +176,9 @@ class TrainingCheckpoints:
     def close(self) -> None:
         """Waits until everything is on disk and ends the background threads."""
         self._manager.close()
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
 
     def __enter__(self) -> TrainingCheckpoints:
         return self

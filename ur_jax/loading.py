@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from ur_jax.errors import unknown_name
 from ur_jax.types import PyTree
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
-_PACKAGED = ("demo",)
+_PACKAGED = ("demo", "demo-robust")
 
 
 def load_encoder(
@@ -54,6 +54,39 @@ def load_encoder(
       ValueError: for an unknown name or representation; for a damaged, malicious or ill-fitting
         file or checkpoint; for weights that are NaN or infinite.
     """
+    variables, spec, config, _ = load_variables(path, name, prefix=prefix)
+    if fold:
+        variables = fold_batch_norm(variables)
+    return _encoder(spec, _to_device(variables), config, representation, dtype, fold)
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint or published file holds.
+
+    Attributes:
+      variables: {"params"[, "batch_stats"]} of NumPy arrays, BatchNorm unfolded.
+      spec: the encoder.
+      config: keyword arguments of its network.
+      parts: {name: variables} of what training keeps beside it, see `EncoderSpec.parts`.
+    """
+
+    variables: PyTree
+    spec: EncoderSpec
+    config: dict[str, Any]
+    parts: dict[str, PyTree]
+
+
+def load_variables(
+    path: str | os.PathLike, name: str | None = None, *, prefix: str | None = None
+) -> Loaded:
+    """Loads an encoder's variables, for training to go on from.
+
+    Args:
+      path, name, prefix: as in `load_encoder`.
+
+    Raises:
+      As `load_encoder`.
+    """
     if name is not None and name not in ENCODERS:
         raise unknown_name("encoder", name, ENCODERS)
     location = os.fspath(path)
@@ -62,18 +95,15 @@ def load_encoder(
     if "://" in location or os.path.isdir(location):
         if prefix is not None:
             raise ValueError(f"Expected no prefix for a checkpoint directory, got {prefix!r}.")
-        variables, spec, config = _restore(location, name)
-    elif os.path.exists(location):
+        return _restore(location, name)
+    if os.path.exists(location):
         if name is None:
             valid = ", ".join(spec.name for spec in ENCODERS.values() if spec.rules)
             raise ValueError(f"Expected the encoder's name with the file {path}; one of: {valid}.")
         spec = ENCODERS[name]
-        variables, config, _ = weights.load_published(location, spec, prefix=prefix)
-    else:
-        raise FileNotFoundError(_nothing_at(location))
-    if fold:
-        variables = fold_batch_norm(variables)
-    return _encoder(spec, _to_device(variables), config, representation, dtype, fold)
+        variables, config, _, parts = weights.load_published(location, spec, prefix=prefix)
+        return Loaded(variables, spec, config, parts)
+    raise FileNotFoundError(_nothing_at(location))
 
 
 def make_encoder(
@@ -143,9 +173,10 @@ def _to_device(tree: dict[str, Any]) -> dict[str, Any]:
     return {name: move(tree.pop(name)) for name in list(tree)}
 
 
-def _restore(path: str, name: str | None) -> tuple[PyTree, EncoderSpec, dict[str, Any]]:
-    """Variables, encoder and network configuration of a checkpoint directory."""
+def _restore(path: str, name: str | None) -> Loaded:
+    """What a checkpoint directory holds."""
     variables, metadata = checkpoints.restore_encoder(path)
+    parts = variables.pop("training", {})
     stored = metadata["encoder"]
     if stored not in ENCODERS:
         raise unknown_name("encoder in checkpoint", stored, ENCODERS)
@@ -154,7 +185,7 @@ def _restore(path: str, name: str | None) -> tuple[PyTree, EncoderSpec, dict[str
     # JSON has no tuples, and the network must stay hashable.
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["config"].items()}
     weights.check_variables(variables, ENCODERS[stored], config, path)
-    return variables, ENCODERS[stored], config
+    return Loaded(variables, ENCODERS[stored], config, parts)
 
 
 def _nothing_at(path: str) -> str:

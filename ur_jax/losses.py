@@ -39,23 +39,23 @@ def info_nce(logits: Array, labels: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def in_batch_info_nce(queries: Array, keys: Array, *, temperature: float) -> Array:
+def in_batch_info_nce(queries: Array, keys: Array, rows: Array, *, temperature: float) -> Array:
     """MoCo v3's contrastive loss, with the other keys of the batch as negatives.
 
-      2 temperature * cross_entropy(q k^T / temperature, n)   for row n
+      2 temperature * cross_entropy(q k^T / temperature, n)   for the query of row n
 
     Args:
-      queries: (B,D) float32, any norm.
-      keys: (B,D) float32, any norm; key n is the positive of query n.
+      queries: (b,D) float32, any norm.
+      keys: (B,D) float32, any norm.
+      rows: (b,) int32 in [0,B), the key that is each query's positive.
       temperature: > 0.
 
     Returns:
-      (B,) float32.
+      (b,) float32.
 
     Reference:
       Chen et al. 2021, "An Empirical Study of Training Self-Supervised Vision Transformers",
       algorithm 1.
     """
     logits = normalize(queries) @ normalize(keys).T / temperature
-    labels = jnp.arange(len(logits), dtype=jnp.int32)
-    return 2.0 * temperature * info_nce(logits, labels)
+    return 2.0 * temperature * info_nce(logits, rows)

@@ -159,6 +159,34 @@ def plot_gallery(
     _save(figure, path)
 
 
+def plot_views(path: Path, clean: np.ndarray, attacked: np.ndarray | None) -> None:
+    """Training views, and below them the same attacked and the perturbations.
+
+    Args:
+      path: PNG to write.
+      clean: views (S,H,W,3) in [0,1].
+      attacked: the same attacked; None without attack.
+    """
+    rows = {"view": clean}
+    if attacked is not None:
+        delta = attacked - clean
+        scale = 0.5 / max(float(np.abs(delta).max()), 1e-12)
+        rows |= {"attacked": attacked, f"perturbation\n(times {scale:.0f})": 0.5 + scale * delta}
+    figure, axes = plt.subplots(
+        len(rows),
+        len(clean),
+        figsize=(1.3 * len(clean), 1.4 * len(rows)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for cells, (name, pictures) in zip(axes, rows.items()):
+        for axis, picture in zip(cells, pictures):
+            axis.imshow(np.clip(picture, 0.0, 1.0), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        cells[0].set_ylabel(name, fontsize=8)
+    _save(figure, path)
+
+
 def plot_radii(path: Path, certificates: dict[str, np.ndarray]) -> None:
     """Certified accuracy (or, without labels, fraction certified) against the radius.
 

@@ -40,14 +40,20 @@ def shard(mesh: Mesh, tree: PyTree) -> PyTree:
 
     Args:
       mesh: a mesh made by `data_mesh`.
-      tree: arrays whose leading axis is the batch.
+      tree: arrays whose leading axis is the batch; on a mesh over several processes, this
+        process's share of it, equal in all of them.
 
     Raises:
       ValueError: if a leading axis does not divide by the number of devices.
     """
+    num_processes = len({device.process_index for device in mesh.devices.flat})
     for leaf in jax.tree.leaves(tree):
-        check_divisible(leaf.shape[0], mesh)
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
+        check_divisible(leaf.shape[0] * num_processes, mesh)
+    divided = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    if num_processes > 1:
+        place = lambda leaf: jax.make_array_from_process_local_data(divided, np.asarray(leaf))
+        return jax.tree.map(place, tree)
+    return jax.device_put(tree, divided)
 
 
 def replicate(mesh: Mesh, tree: PyTree) -> PyTree:

@@ -7,6 +7,8 @@ error that lists what is missing, what is unexpected and what has another shape.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -14,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,11 +58,14 @@ class Published(NamedTuple):
       variables: {"params"[, "batch_stats"]} of NumPy arrays.
       config: keyword arguments of the network that the file decided.
       left_out: keys outside the prefix that the caller gave; empty without one.
+      parts: {name: variables} of what else training keeps, see `EncoderSpec.parts`; those that the
+        file holds.
     """
 
     variables: PyTree
     config: dict[str, Any]
     left_out: tuple[str, ...]
+    parts: dict[str, PyTree]
 
 
 def load_published(
@@ -134,6 +140,30 @@ def map_tensors(
     Raises:
       ValueError: listing every missing, unexpected and mis-shaped key.
     """
+    published = _map_tensors(
+        tensors, spec, contents, prefix, file, functools.partial(variable_shapes, spec)
+    )
+    parts = {} if prefix is not None else _map_parts(tensors, spec, file)
+    return published._replace(parts=parts)
+
+
+def _map_parts(tensors, spec: EncoderSpec, file: str) -> dict[str, PyTree]:
+    """What training keeps beside the encoder, each part whole or absent."""
+    parts = {}
+    for part in spec.parts:
+        own = {key: tensor for key, tensor in tensors.items() if key.startswith(part.prefix)}
+        if own:
+            rules = dataclasses.replace(
+                spec, rules=part.rules, prefix=part.prefix, ignored=(), config_fn=lambda *_: {}
+            )
+            shapes = _shapes(part.module(), part.input_size or (*spec.input_size, 3))
+            mapped = _map_tensors(own, rules, {}, None, file, lambda _, shapes=shapes: shapes)
+            parts[part.name] = mapped.variables
+    return parts
+
+
+def _map_tensors(tensors, spec: EncoderSpec, contents, prefix, file, shapes_fn) -> Published:
+    """`map_tensors` of one module, whose variables are `shapes_fn(config)`."""
     if prefix is None:
         used, left_out = spec.prefix, ()
         names = {key: key for key in tensors}
@@ -152,7 +182,7 @@ def map_tensors(
         )
 
     config = spec.config_fn(contents or {}, {key: tensors[names[key]].shape for key in names})
-    expected = variable_shapes(spec, config)
+    expected = shapes_fn(config)
     # Where one key has several rules, the one that this configuration has a place for.
     targets = {
         key: (rule, path)
@@ -183,16 +213,20 @@ def map_tensors(
         hint = _prefix_hint(tensors, spec, used, len(matches))
         problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
         raise _layout_error(f"{file} is not the published layout of {spec.name!r}", problems, hint)
-    return Published(traverse_util.unflatten_dict(arrays, sep="/"), config, left_out)
+    return Published(traverse_util.unflatten_dict(arrays, sep="/"), config, left_out, {})
 
 
 def variable_shapes(
     spec: EncoderSpec, config: Mapping[str, Any]
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns {"/"-separated path: shape and dtype} of the unfolded network's variables."""
-    network = spec.network(folded=False, **config)
-    images = jax.ShapeDtypeStruct((1, *spec.input_size, 3), jnp.float32)
-    variables = jax.eval_shape(network.init, jax.random.key(0), images)
+    return _shapes(spec.network(folded=False, **config), (*spec.input_size, 3))
+
+
+def _shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """{"/"-separated path: shape and dtype} of a module's variables."""
+    inputs = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), inputs)
     return traverse_util.flatten_dict(variables, sep="/")
 
 

@@ -22,6 +22,7 @@ from ur_jax.data.batches import (
     Unreadable,
     evenly_spaced,
     image_batches,
+    image_batches_uint8,
     load_uint8,
 )
 from ur_jax.data.pixels import (
@@ -33,6 +34,7 @@ from ur_jax.data.pixels import (
     resize_shorter,
 )
 from ur_jax.data.prepared import TfdsSource
+from ur_jax.data.shuffled import ShuffledImages
 from ur_jax.data.sources import DemoSource, Example, FolderSource, ImageSource
 from ur_jax.errors import unknown_name
 
@@ -44,11 +46,13 @@ __all__ = [
     "FolderSource",
     "ImageBatch",
     "ImageSource",
+    "ShuffledImages",
     "TfdsSource",
     "Unreadable",
     "central_crop",
     "evenly_spaced",
     "image_batches",
+    "image_batches_uint8",
     "load_uint8",
     "open_images",
     "prepare",

@@ -115,14 +115,32 @@ def image_batches(
     Raises:
       ValueError: at once, for an argument out of its range.
     """
-    dataset = _dataset(
+    batches = image_batches_uint8(
         source, indices, input_size=input_size, preparation=preparation,
         batch_size=batch_size, num_workers=num_workers, start=start,
     )  # fmt: skip
     return (
         batch._replace(images=np.divide(batch.images, np.float32(255), dtype=np.float32))
-        for batch in _warned(dataset)
+        for batch in batches
     )
+
+
+def image_batches_uint8(
+    source: ImageSource,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    input_size: tuple[int, int],
+    preparation: str,
+    batch_size: int,
+    num_workers: int = 0,
+    start: int = 0,
+) -> Iterator[ImageBatch]:
+    """`image_batches` with its pixels as uint8 in [0, 255]; arguments and errors as there."""
+    dataset = _dataset(
+        source, indices, input_size=input_size, preparation=preparation,
+        batch_size=batch_size, num_workers=num_workers, start=start,
+    )  # fmt: skip
+    return _warned(dataset)
 
 
 def load_uint8(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 
 from ur_jax.encoders import heads
@@ -15,7 +17,7 @@ from ur_jax.encoders.layers import NormConfig
 from ur_jax.encoders.networks import Network
 from ur_jax.encoders.resnet import cifar_resnet20, resnet50
 from ur_jax.encoders.simclr import SimCLRResNet
-from ur_jax.encoders.spec import EncoderSpec, Rule
+from ur_jax.encoders.spec import EncoderSpec, Rule, TrainingPart
 from ur_jax.encoders.vit import vit_large, vit_small
 
 
@@ -194,7 +196,49 @@ def _amdim_config(
     }
 
 
+def _mocov2(folded: bool, group_size: int | None = None) -> Network:
+    """MoCo v2's ResNet-50 with its head."""
+    norm = NormConfig(group_size=group_size)
+    return Network(resnet50(folded=folded, norm=norm), heads.MocoV2Head())
+
+
+def _mocov3(folded: bool, group_size: int | None = None) -> Network:
+    """MoCo v3's ViT-S with its projector."""
+    norm = NormConfig(group_size=group_size)
+    return Network(
+        vit_small(num_heads=12, fixed_positions=True, freeze_patches=True),
+        heads.mocov3_projector(folded=folded, norm=norm),
+    )
+
+
+def _mocov3_predictor(group_size: int | None = None) -> nn.Module:
+    """MoCo v3's predictor."""
+    return heads.mocov3_predictor(norm=NormConfig(group_size=group_size))
+
+
 _RESNET50_RULES = resnet_rules((3, 4, 6, 3))
+_MOCOV2_RULES = (*_RESNET50_RULES, *dense_rules(r"fc\.(\d)", r"head/fc\1"))
+_MOCOV3_RULES = (*_vit_rules(), *_projector_rules("head", last_bias=False, affine=False))
+_MOCOV3_PREDICTOR_RULES = (
+    *dense_norm_rules(r"0", r"1", "layer1"),
+    *dense_norm_rules(r"3", r"4", "layer2", affine=False),
+)
+
+_DEMO = EncoderSpec(
+    name="demo",
+    title="CIFAR-stem ResNet-20, MoCo v2 on CIFAR-10",
+    reference="trained by experiments/train.py",
+    url="ships with ur_jax",
+    file_name="",
+    licence="Apache-2.0",
+    network=lambda folded, group_size=None: Network(
+        cifar_resnet20(folded=folded, norm=NormConfig(group_size=group_size)),
+        heads.MocoV2Head(64, 128),
+    ),
+    rules=(),
+    paper="backbone",
+    input_size=(32, 32),
+)
 
 _SPECS = (
     EncoderSpec(
@@ -216,11 +260,16 @@ _SPECS = (
         url="https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_200ep/",
         file_name="moco_v2_200ep_pretrain.pth.tar",
         licence="CC BY-NC 4.0",
-        network=lambda folded: Network(resnet50(folded=folded), heads.MocoV2Head()),
-        rules=(*_RESNET50_RULES, *dense_rules(r"fc\.(\d)", r"head/fc\1")),
+        network=_mocov2,
+        rules=_MOCOV2_RULES,
         paper="skip_hidden",
         prefix="module.encoder_q.",
         ignored=(r"module\.encoder_k\..*", r"module\.queue(_ptr)?"),
+        parts=(
+            TrainingPart(
+                "momentum", "module.encoder_k.", lambda **kw: _mocov2(False, **kw), _MOCOV2_RULES
+            ),
+        ),
     ),
     EncoderSpec(
         name="mocov3",
@@ -229,16 +278,29 @@ _SPECS = (
         url="https://dl.fbaipublicfiles.com/moco-v3/vit-s-300ep/",
         file_name="vit-s-300ep.pth.tar",
         licence="CC BY-NC 4.0",
-        network=lambda folded: Network(
-            vit_small(num_heads=12, fixed_positions=True, freeze_patches=True),
-            heads.mocov3_projector(folded=folded),
-        ),
-        rules=(*_vit_rules(), *_projector_rules("head", last_bias=False, affine=False)),
+        network=_mocov3,
+        rules=_MOCOV3_RULES,
         paper="projection",
         features="hidden",
         prefix="module.base_encoder.",
         ignored=(r"module\.momentum_encoder\..*", r"module\.predictor\..*"),
         input_size=(224, 224),
+        frozen=(r"backbone/(positions|patch_kernel|patch_bias)",),
+        parts=(
+            TrainingPart(
+                "momentum",
+                "module.momentum_encoder.",
+                lambda **kw: _mocov3(False, **kw),
+                _MOCOV3_RULES,
+            ),
+            TrainingPart(
+                "predictor",
+                "module.predictor.",
+                _mocov3_predictor,
+                _MOCOV3_PREDICTOR_RULES,
+                input_size=(256,),
+            ),
+        ),
     ),
     EncoderSpec(
         name="moco_nonsem",
@@ -327,6 +389,7 @@ _SPECS = (
             r"g2l_loss\.masks_r5",
             r"evaluator\..*",
         ),
+        frozen=(r"backbone/last_norm/(mean|var)",),
         config_fn=_amdim_config,
     ),
     EncoderSpec(
@@ -343,20 +406,12 @@ _SPECS = (
         ignored=(r"head\.(weight|bias)",),
         input_size=(224, 224),
     ),
-    EncoderSpec(
-        name="demo",
-        title="CIFAR-stem ResNet-20, MoCo v2 on CIFAR-10",
-        reference="trained by experiments/train.py",
-        url="ships with ur_jax",
-        file_name="",
-        licence="Apache-2.0",
-        network=lambda folded, group_size=None: Network(
-            cifar_resnet20(folded=folded, norm=NormConfig(group_size=group_size)),
-            heads.MocoV2Head(64, 128),
-        ),
-        rules=(),
-        paper="backbone",
-        input_size=(32, 32),
+    _DEMO,
+    dataclasses.replace(
+        _DEMO,
+        name="demo-robust",
+        title="the demo encoder, adversarially fine-tuned",
+        reference="made by experiments/reproduce_cifar.py",
     ),
 )
 

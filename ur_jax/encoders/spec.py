@@ -29,6 +29,24 @@ class Rule(NamedTuple):
     layout: str | Callable[[np.ndarray], np.ndarray] = "same"
 
 
+class TrainingPart(NamedTuple):
+    """A module that training keeps beside the encoder, such as a momentum encoder.
+
+    Attributes:
+      name: "momentum" or "predictor".
+      prefix: what its keys in a published file start with.
+      module: makes it unfolded, with the items of the encoder's `config`.
+      rules: where each source tensor goes.
+      input_size: shape of its input without the batch; None for images.
+    """
+
+    name: str
+    prefix: str
+    module: Callable[..., nn.Module]
+    rules: tuple[Rule, ...]
+    input_size: tuple[int, ...] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderSpec:
     """One of the benchmarked encoders.
@@ -51,6 +69,8 @@ class EncoderSpec:
       preparation: "resize" or "resize_crop".
       mean: per-channel mean.
       std: per-channel standard deviation.
+      frozen: regular expressions of paths below the network's params that training leaves alone.
+      parts: what a file may hold beside the encoder, for training to go on from.
       config_fn: (file contents, {key: shape}) -> keyword arguments of `network` that the file
         itself decides, such as AMDIM's depth or SimCLR's width.
     """
@@ -72,6 +92,8 @@ class EncoderSpec:
     preparation: str = "resize"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    frozen: tuple[str, ...] = ()
+    parts: tuple[TrainingPart, ...] = ()
     config_fn: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], dict[str, Any]] = (
         lambda contents, shapes: {}
     )

@@ -1,0 +1,210 @@
+"""The loop around `train_step`: data, checkpoints, metrics on disk, and resuming bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tensorboardX
+from jax.sharding import Mesh
+
+from ur_jax import augment, checkpoints, records, sharding
+from ur_jax.data import ShuffledImages
+from ur_jax.training.step import (
+    Adversary,
+    Method,
+    Samples,
+    StepResult,
+    TrainState,
+    Views,
+    check_parts,
+    train_step,
+)
+from ur_jax.types import Array, Key
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long to train, on which views, and what to write how often.
+
+    Attributes:
+      num_epochs: passes over the images, >= 1.
+      first_view: random view that is attacked.
+      second_view: the other one; None for methods that look at one view only.
+      num_parts: parts of a batch whose gradients are accumulated.
+      log_every: steps between rows of metrics, >= 1; a row is the mean over them.
+      save_every: steps between checkpoints, >= 1; there is one after each epoch in any case.
+
+    Raises:
+      ValueError: for a number below 1.
+    """
+
+    num_epochs: int
+    first_view: augment.AugmentConfig
+    second_view: augment.AugmentConfig | None
+    num_parts: int = 1
+    log_every: int = 20
+    save_every: int = 1000
+
+    def __post_init__(self):
+        for field in ("num_epochs", "log_every", "save_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"Expected {field} >= 1, got {getattr(self, field)}.")
+
+
+def train(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    adversary: Adversary | None,
+    state: TrainState,
+    images: ShuffledImages,
+    directory: Path,
+    key: Key,
+    *,
+    config: LoopConfig,
+    mesh: Mesh | None = None,
+    on_metrics: Callable[[dict[str, float]], Any] = lambda row: None,
+    on_epoch: Callable[[int, Samples], Any] = lambda epoch, samples: None,
+) -> TrainState:
+    """Trains, or goes on from the newest checkpoint in `directory`, and ends with the same bits.
+
+    Writes `state/` (the newest checkpoint), `metrics.csv` (a row every `log_every` steps) and
+    `tensorboard/`. When the machine asks the process to stop (SIGTERM, or a notice of preemption
+    on a pod), the state is saved first.
+
+    Args:
+      method, optimizer, adversary: as in `train_step`.
+      state: before the first step; gives structure and shapes to what is restored.
+      images: the data; on a mesh over several processes, each one's share.
+      directory: of the run.
+      key: of all that is drawn.
+      config: the rest.
+      mesh: devices that a batch is divided over; all local ones by default.
+      on_metrics: called with every row.
+      on_epoch: called after each epoch with its number, from 1, and a few of its last views.
+
+    Raises:
+      ValueError: if loss or gradient is not finite, naming the step and the last checkpoint; for a
+        batch that devices or parts can't divide.
+      SystemExit: with status 143 after the state was saved on request.
+    """
+    mesh = sharding.data_mesh() if mesh is None else mesh
+    sharding.check_divisible(images.batch_size, mesh)
+    check_parts(images.batch_size, method.group_size, config.num_parts)
+    update = functools.partial(_update, method, optimizer, adversary, config)
+    state = sharding.replicate(mesh, state)
+    per_epoch = images.steps_per_epoch
+    with checkpoints.TrainingCheckpoints(directory / "state") as saved:
+        if saved.latest_step is not None:
+            state, _ = saved.restore(state)
+        done = int(state.step)
+        with _Log(directory, done) as log:
+            for epoch in range(done // per_epoch, config.num_epochs):
+                for batch in images.epoch(epoch, start=done - epoch * per_epoch):
+                    state, metrics, samples = update(state, sharding.shard(mesh, batch), key)
+                    done += 1
+                    log.add(done, metrics)
+                    ends, stops = done % per_epoch == 0, saved.asked_to_stop(done)
+                    saves = ends or stops or done % config.save_every == 0
+                    if saves or done % config.log_every == 0:
+                        on_metrics(log.flush(done / per_epoch, saved.latest_step))
+                    if saves:
+                        saved.save(done, state, {})
+                    if stops:
+                        saved.wait()
+                        raise SystemExit(143)
+                on_epoch(epoch + 1, jax.tree.map(np.asarray, samples))
+    return state
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("method", "optimizer", "adversary", "config"),
+    donate_argnames="state",
+)
+def _update(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    adversary: Adversary | None,
+    config: LoopConfig,
+    state: TrainState,
+    images: Array,
+    key: Key,
+) -> StepResult:
+    """One step on uint8 images: their random views, then the method."""
+    images = images.astype(jnp.float32) / 255.0
+    first, second, draw = jax.random.split(jax.random.fold_in(key, state.step), 3)
+    views = [augment.augment(images, first, config=config.first_view)]
+    if config.second_view is not None:
+        views.append(augment.augment(images, second, config=config.second_view))
+    return train_step(
+        method, optimizer, adversary, state, Views(views[0], views[-1]), draw,
+        num_parts=config.num_parts,
+    )  # fmt: skip
+
+
+class _Log:
+    """Metrics on disk. Keeps them on the device until a row is due: no step waits for the host."""
+
+    def __init__(self, directory: Path, done: int):
+        self._path, self._rows = directory / "metrics.csv", []
+        self._pending: list[tuple[int, dict[str, Array]]] = []
+        if self._path.exists():
+            with self._path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+            # What came after the checkpoint that training goes on from is computed again.
+            self._rows = [row for row in rows if int(row["step"]) <= done]
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            purge = done + 1 if done else None
+            self._board = tensorboardX.SummaryWriter(
+                str(directory / "tensorboard"), purge_step=purge
+            )
+
+    def add(self, step: int, metrics: dict[str, Array]) -> None:
+        """Takes the metrics of a step, without waiting for them."""
+        self._pending.append((step, metrics))
+
+    def flush(self, epoch: float, last_checkpoint: int | None) -> dict[str, float]:
+        """Writes and returns the mean of what was added since.
+
+        Raises:
+          ValueError: if one of the steps was not finite.
+        """
+        values = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
+        for step, metrics in values:
+            if not all(np.isfinite(value) for value in metrics.values()):
+                shown = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+                kept = "none" if last_checkpoint is None else f"that of step {last_checkpoint}"
+                raise ValueError(
+                    f"Loss or gradient is not finite at step {step} ({shown}). The last good "
+                    f"checkpoint is {kept}; lower the learning rate, or use float32."
+                )
+        step, self._pending = values[-1][0], []
+        means = {name: float(np.mean([m[name] for _, m in values])) for name in values[0][1]}
+        row = {"step": step, "epoch": round(epoch, 4), **means}
+        self._rows.append(row)
+        if self._writes:
+            with records.atomic_path(self._path) as temporary:
+                with temporary.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, list(row))
+                    writer.writeheader()
+                    writer.writerows(self._rows)
+            for name, value in means.items():
+                self._board.add_scalar(name, value, step)
+        return row
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._writes:
+            self._board.close()
