@@ -193,9 +193,7 @@ def _stop_after(count):
 
 # Amid training, again, and amid testing.
 @pytest.mark.parametrize("cached, stops", [(False, (5, 11, 3)), (True, (5, 4, 2))])
-def test_script_killed_and_resumed(
-    script, encoder, photos, tmp_path, monkeypatch, cached, stops
-):
+def test_script_killed_and_resumed(script, encoder, photos, tmp_path, monkeypatch, cached, stops):
     training = ProbeConfig(
         num_epochs=4, learning_rate=1.0, milestones=(3,), batch_size=8, batch_norm=True
     )
