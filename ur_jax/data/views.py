@@ -32,7 +32,7 @@ class ViewConfig:
       kind: "standard", "noisy" (Gaussian noise) or "low_pass" (a disc of frequencies).
       sigma: of the noise, on the scale [0,1], > 0.
       radius: of the disc at 224 pixels, > 0; it scales with the height of other sizes.
-      augment: train on random crops and flips rather than on whole images.
+      augment: train on random crops and flips rather than on the images as a test sees them.
 
     Raises:
       ValueError: for an unknown kind or a value out of range.
