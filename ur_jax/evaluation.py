@@ -293,19 +293,15 @@ class _Stages:
         *more_indices: np.ndarray,
     ) -> None:
         """Computes the missing parts of a stage, one per batch."""
-        total = math.ceil(len(indices) / self.config.batch_size)
-        done = self.run.num_parts(stage)
-        if done == total:
-            return
-        groups = (self._batches(each, done) for each in (indices, *more_indices))
-        batches = zip(*groups, strict=True)
-        for number, group in enumerate(self.progress(batches, title, total - done), start=done):
-            values = jax.tree.map(np.asarray, compute(*group))
-            mask = np.logical_and.reduce([batch.mask for batch in group])
-            rows = {name: value[mask] for name, value in values.items()}
-            skipped = [image for batch in group for image in batch.unreadable]
-            rows["unreadable"] = np.array(skipped, np.str_).reshape(-1, 2)
-            self.run.write_part(stage, number, rows | {"index": group[0].indices[mask]})
+        run_stage(
+            self.run,
+            stage,
+            math.ceil(len(indices) / self.config.batch_size),
+            lambda start: (self._batches(each, start) for each in (indices, *more_indices)),
+            compute,
+            title=title,
+            progress=self.progress,
+        )
 
     def _batches(self, indices: np.ndarray, start: int) -> Iterator[ImageBatch]:
         """The batches of some images, from number `start` on."""
@@ -333,6 +329,41 @@ class _Stages:
         keys = fold(self._key(stream), batch.indices.astype(np.uint32))
         images, keys = sharding.shard(self.mesh, (batch.images, keys))
         return u_pgd(self.encoder, images, keys, config=attack, target=target)
+
+
+def run_stage(
+    run: Run,
+    stage: str,
+    num_parts: int,
+    batches_from: Callable[[int], Iterable[Iterator[ImageBatch]]],
+    compute: Callable[..., dict[str, Any]],
+    *,
+    title: str,
+    progress: Progress = lambda iterable, description, total: iterable,
+) -> None:
+    """Computes the missing parts of a stage, one per batch, and keeps the rows of readable images.
+
+    Args:
+      run: the folder.
+      stage: name of the parts.
+      num_parts: how many there are when all is done.
+      batches_from: number of the first missing part -> iterators over batches from there on; there
+        are several where a row takes several images.
+      compute: a batch of each iterator -> {name: (B, ...)}; "index" and "unreadable" are added.
+      title: for the progress.
+      progress: shows progress.
+    """
+    done = run.num_parts(stage)
+    if done == num_parts:
+        return
+    batches = zip(*batches_from(done), strict=True)
+    for number, group in enumerate(progress(batches, title, num_parts - done), start=done):
+        values = jax.tree.map(np.asarray, compute(*group))
+        mask = np.logical_and.reduce([batch.mask for batch in group])
+        rows = {name: value[mask] for name, value in values.items()}
+        skipped = [image for batch in group for image in batch.unreadable]
+        rows["unreadable"] = np.array(skipped, np.str_).reshape(-1, 2)
+        run.write_part(stage, number, rows | {"index": group[0].indices[mask]})
 
 
 @jax.jit

@@ -36,9 +36,11 @@ from ur_jax.data.pixels import (
 from ur_jax.data.prepared import TfdsSource
 from ur_jax.data.shuffled import ShuffledImages
 from ur_jax.data.sources import DemoSource, Example, FolderSource, ImageSource
+from ur_jax.data.views import PROBE_KINDS, ProbeViews, ViewConfig
 from ur_jax.errors import unknown_name
 
 __all__ = [
+    "PROBE_KINDS",
     "PREPARATIONS",
     "DecodedImages",
     "DemoSource",
@@ -46,9 +48,11 @@ __all__ = [
     "FolderSource",
     "ImageBatch",
     "ImageSource",
+    "ProbeViews",
     "ShuffledImages",
     "TfdsSource",
     "Unreadable",
+    "ViewConfig",
     "central_crop",
     "evenly_spaced",
     "image_batches",
