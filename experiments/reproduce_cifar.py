@@ -1,4 +1,4 @@
-"""The paper's headline at CIFAR scale: does adversarial training without labels make encoders robust?
+"""The paper's headline at CIFAR scale: does adversarial training without labels give robustness?
 
     python experiments/reproduce_cifar.py --data cifar10 --out runs/cifar
 
@@ -21,6 +21,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import certify
 import command
@@ -35,10 +36,14 @@ from ur_jax.certify import CenterConfig, RandomizedConfig
 from ur_jax.data import ViewConfig
 from ur_jax.evaluation import EvaluationConfig
 from ur_jax.impersonation import ImpersonationConfig
+from ur_jax.intervals import Estimate
 from ur_jax.probe import ProbeConfig
 
 PROBES = ("standard", "noisy", "low_pass")
-RADII = (0.1, 0.25, 0.5)
+ATTACK_METRICS = (
+    "cosine_similarity", "universal_quantile", "normalised_distance",
+    "universal_quantile_targeted", "relative_quantile",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +100,9 @@ def main(config: Config) -> None:
             writer.writerows(rows)
     table = report.encoder_table(headline(rows), config.encoders)
     with records.atomic_path(config.out / "table.md") as temporary:
-        temporary.write_text(table + "\n")
-    report.plot_encoders(config.out / "figure.png", curves(config))
-    command.console.print(table, markup=False, highlight=False, soft_wrap=True)
+        temporary.write_text(report.as_markdown(table))
+    report.plot_encoders(config.out / "figure.png", *curves(config, rows))
+    command.console.print(table)
     command.console.print(f"Results in {config.out}", highlight=False)
 
 
@@ -134,7 +139,7 @@ def steps(config: Config) -> Iterator[tuple[str, str, Callable[[], None]]]:
         settings = certify.Config(
             encoder=encoder, representation="features", images=test, out=out / "certified",
             method="randomized", probe=str(out / "probe_noisy" / "probe"),
-            num_images=config.num_certified, randomized=RandomizedConfig(n=config.samples, clip=True),
+            num_images=config.num_certified, randomized=RandomizedConfig(n=config.samples),
         )  # fmt: skip
         yield name, "certified", lambda settings=settings: certify.main(settings)
         settings = certify.Config(
@@ -164,7 +169,7 @@ def training(config: Config, name: str) -> train.Config:
     return train.Config(**shared, attack=name, learning_rate=0.03)
 
 
-def results(config: Config) -> Iterator[dict[str, object]]:
+def results(config: Config) -> Iterator[dict[str, Any]]:
     """Yields one row per number of every step's summary."""
     for name in config.encoders:
         for path in sorted((config.out / name).glob("*/summary.json")):
@@ -177,6 +182,49 @@ def results(config: Config) -> Iterator[dict[str, object]]:
                 numbers = ("value", "low", "high", "n")
                 row = {"encoder": name, "stage": path.parent.name}
                 yield row | {column: entry.get(column) for column in (*columns, *numbers)}
+
+
+def headline(rows: list[dict[str, Any]]) -> dict[str, dict[str, Estimate]]:
+    """The rows of the printed table: {measure: {encoder: estimate}}."""
+    table: dict[str, dict[str, Estimate]] = {}
+    last = max(row["step"] for row in rows if row["metric"] == "universal_quantile")
+    for row in rows:
+        stage, metric, name = row["stage"], row["metric"], None
+        if stage.startswith("probe_"):
+            kind = stage.removeprefix("probe_")
+            name = f"{metric}, {kind} probe" if row["images"] != "clean" else None
+        elif stage == "label_free":
+            at_end = row["step"] == last or metric not in ATTACK_METRICS
+            if row["divergence"] in ("l2", None) and at_end:
+                name = f"{metric}, eps {row['eps']:g}, step {row['step']}"
+        elif stage == "impersonate":
+            if row["direction"] == "both":
+                name = f"impersonation, eps 0.1, step {row['step']}"
+        elif stage == "certified":
+            name = None if metric == "certified" else f"{metric} (noisy probe)"
+        elif stage == "center":
+            name = f"center smoothing: {metric}"
+        if name is not None:
+            estimate = Estimate(*(row[column] for column in Estimate._fields))
+            table.setdefault(name, {})[row["encoder"]] = estimate
+    return table
+
+
+def curves(config: Config, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of each encoder: columns of its certificates, and impersonation success by step."""
+    certificates = {
+        name: records.read_table(config.out / name / "certified" / "certificates.parquet")
+        for name in config.encoders
+    }
+    successes = {
+        name: [
+            (row["step"], Estimate(*(row[column] for column in Estimate._fields)))
+            for row in rows
+            if row["encoder"] == name and row["direction"] == "both"
+        ]
+        for name in config.encoders
+    }
+    return certificates, successes
 
 
 if __name__ == "__main__":

@@ -45,8 +45,11 @@ def run(encoder, images, config, seed=0, **rest):
 def test_hoeffding_mode_agrees_with_the_reference(golden_linear):
     encoder, image, stored = golden_linear
     config = CenterConfig(
-        sigma=float(stored["sigma"]), eps_in=float(stored["eps_in"]), n0=int(stored["n_pred"]),
-        n=int(stored["n_cert"]), bound="hoeffding",
+        sigma=float(stored["sigma"]),
+        eps_in=float(stored["eps_in"]),
+        n0=int(stored["n_pred"]),
+        n=int(stored["n_cert"]),
+        bound="hoeffding",
     )
     certificates = run(encoder, [image] * 6, config, batch_size=64).values()
     given = [c for c in certificates if not c.abstained]

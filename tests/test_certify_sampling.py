@@ -47,15 +47,24 @@ def raw_pixels(operand, images):
 def test_noise_is_keyed_by_seed_image_and_sample_alone(images):
     key = jax.random.key(3)
     twin = [
-        images[2] + np.float32(0.25) * np.asarray(
-            jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 7), i), SHAPE)
-        )
+        images[2]
+        + np.float32(0.25)
+        * np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 7), i), SHAPE))
         for i in range(5, 42)
     ]
     draws = [
         sample_outputs(
-            raw_pixels, (), images[2], key, jnp.int32(7), jnp.int32(5), n=37, sigma=0.25,
-            clip=False, mesh=data_mesh(jax.devices()[:num_devices]), batch_size=batch_size,
+            raw_pixels,
+            (),
+            images[2],
+            key,
+            jnp.int32(7),
+            jnp.int32(5),
+            n=37,
+            sigma=0.25,
+            clip=False,
+            mesh=data_mesh(jax.devices()[:num_devices]),
+            batch_size=batch_size,
         )
         for num_devices, batch_size in ((1, 64), (8, 16))
     ]
@@ -64,8 +73,17 @@ def test_noise_is_keyed_by_seed_image_and_sample_alone(images):
     np.testing.assert_allclose(draws[0], twin, atol=1e-7)
     # Starting later, as after an interruption, draws the same.
     later = sample_outputs(
-        raw_pixels, (), images[2], key, jnp.int32(7), jnp.int32(20), n=37, sigma=0.25,
-        clip=False, mesh=data_mesh(), batch_size=16,
+        raw_pixels,
+        (),
+        images[2],
+        key,
+        jnp.int32(7),
+        jnp.int32(20),
+        n=37,
+        sigma=0.25,
+        clip=False,
+        mesh=data_mesh(),
+        batch_size=16,
     )
     np.testing.assert_array_equal(later[:22], draws[0][15:])
 
@@ -74,8 +92,17 @@ def test_noise_is_standard_normal_and_never_drawn_twice():
     n = 4000
     image = jnp.full((2, 2, 3), 0.5)
     draw = lambda index: sample_outputs(
-        raw_pixels, (), image, jax.random.key(0), jnp.int32(index), jnp.int32(0), n=n, sigma=0.5,
-        clip=False, mesh=data_mesh(), batch_size=100,
+        raw_pixels,
+        (),
+        image,
+        jax.random.key(0),
+        jnp.int32(index),
+        jnp.int32(0),
+        n=n,
+        sigma=0.5,
+        clip=False,
+        mesh=data_mesh(),
+        batch_size=100,
     )
     noise = (np.stack([draw(0), draw(1)]) - 0.5) / 0.5
     assert len(np.unique(noise.reshape(2 * n, -1), axis=0)) == 2 * n
@@ -92,8 +119,12 @@ def test_noise_is_standard_normal_and_never_drawn_twice():
 def certify_all(classifier, images, indices, *, num_devices=8, **changes):
     settings = {"config": CONFIG, "batch_size": 32, **changes}
     run = randomized_smoothing(
-        classifier, images, jax.random.key(5), indices=indices,
-        mesh=data_mesh(jax.devices()[:num_devices]), **settings,
+        classifier,
+        images,
+        jax.random.key(5),
+        indices=indices,
+        mesh=data_mesh(jax.devices()[:num_devices]),
+        **settings,
     )
     return dict(run)
 
@@ -115,8 +146,17 @@ def test_counts_agree_with_a_plain_loop(classifier, images):
     certificates = certify_all(classifier, images, range(11))
     for index in (0, 4, 9):
         outputs = sample_outputs(
-            classify, classifier, images[index], jax.random.key(5), jnp.int32(index), jnp.int32(0),
-            n=3100, sigma=CONFIG.sigma, clip=False, mesh=data_mesh(), batch_size=64,
+            classify,
+            classifier,
+            images[index],
+            jax.random.key(5),
+            jnp.int32(index),
+            jnp.int32(0),
+            n=3100,
+            sigma=CONFIG.sigma,
+            clip=False,
+            mesh=data_mesh(),
+            batch_size=64,
         )
         certificate, classes = certificates[index], np.argmax(outputs, axis=1)
         assert np.bincount(classes[:100]).argmax() == certificate.predicted
@@ -152,14 +192,26 @@ def compiled_text(classifier, mesh):
     method = _Classes(sigma=0.25, clip=False, n0=100, n=3000, step=64, num_events=3)
     tables = jax.tree.map(jnp.asarray, _tables(CONFIG))
     rows = Rows(
-        images=jnp.zeros((8, *SHAPE)), index=jnp.zeros(8, jnp.int32), extra=(),
-        pieces=jnp.zeros(8, jnp.int32), counts=jnp.zeros((8, 3), jnp.int32),
+        images=jnp.zeros((8, *SHAPE)),
+        index=jnp.zeros(8, jnp.int32),
+        extra=(),
+        pieces=jnp.zeros(8, jnp.int32),
+        counts=jnp.zeros((8, 3), jnp.int32),
         num_bad=jnp.zeros(8, jnp.int32),
-        answer=(jnp.zeros(8, jnp.int32), jnp.zeros((8, 1), jnp.int8)), done=jnp.zeros(8, bool),
+        answer=(jnp.zeros(8, jnp.int32), jnp.zeros((8, 1), jnp.int8)),
+        done=jnp.zeros(8, bool),
     )
     lowered = advance.lower(
-        classifier, jax.random.key(0), tables, rows, jnp.int32(9), jnp.int32(1), method=method,
-        mesh=mesh, num_slots=4, batch_size=8,
+        classifier,
+        jax.random.key(0),
+        tables,
+        rows,
+        jnp.int32(9),
+        jnp.int32(1),
+        method=method,
+        mesh=mesh,
+        num_slots=4,
+        batch_size=8,
     )
     return lowered.compile().as_text()
 
@@ -190,7 +242,13 @@ def test_an_empty_run_yields_nothing(classifier):
     assert certify_all(classifier, [], []) == {}
     method = _Classes(sigma=0.25, clip=False, n0=100, n=3000, step=64, num_events=3)
     empty = stream(
-        classifier, [], jax.random.key(0), method=method, tables=(), answer=(), mesh=data_mesh(),
+        classifier,
+        [],
+        jax.random.key(0),
+        method=method,
+        tables=(),
+        answer=(),
+        mesh=data_mesh(),
         batch_size=8,
     )
     assert list(empty) == []

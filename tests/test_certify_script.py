@@ -63,8 +63,15 @@ def photos(tmp_path):
 def make_config(script, photos, tmp_path):
     def make(method, out, **changes):
         config = script.Config(
-            encoder="tiny", images=photos, out=tmp_path / out, method=method, num_images=9,
-            probe="nearest", batch_size=16, center=CENTER, randomized=RANDOMIZED,
+            encoder="tiny",
+            images=photos,
+            out=tmp_path / out,
+            method=method,
+            num_images=9,
+            probe="nearest",
+            batch_size=16,
+            center=CENTER,
+            randomized=RANDOMIZED,
         )
         return dataclasses.replace(config, **changes)
 

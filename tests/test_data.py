@@ -415,9 +415,7 @@ def test_every_batch_has_the_same_shape_and_the_last_is_padded():
     kept = np.concatenate([batch.indices[batch.mask] for batch in batches])
     np.testing.assert_array_equal(kept, indices)
     for row, index in enumerate(indices[:4]):
-        pixels = data.prepare(
-            source[index].pixels, input_size=(16, 20), preparation="resize_crop"
-        )
+        pixels = data.prepare(source[index].pixels, input_size=(16, 20), preparation="resize_crop")
         np.testing.assert_array_equal(
             batches[0].images[row], pixels.astype(np.float32) / np.float32(255)
         )

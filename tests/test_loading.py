@@ -231,3 +231,15 @@ def test_full_size_file(tmp_path, shared_dir):
     restored = loading.load_encoder(tmp_path / "out")
     assert loading.weights_hash(direct) == loading.weights_hash(restored)
     assert (restored.dimension, restored.input_size) == (128, (224, 244))
+
+
+def test_training_goes_on_from_a_converted_file(tmp_path, tiny):
+    """Parts beside the encoder come back from the checkpoint, and the encoder is as without."""
+    keys = {k.replace("encoder_q", "encoder_k"): np.asarray(2 * v) for k, v in tensors().items()}
+    file = save_torch(tmp_path / "tuned.pth.tar", tensors() | keys)
+    convert_weights.main(convert_weights.Config("tiny", file, tmp_path / "out"))
+    loaded = loading.load_variables(tmp_path / "out")
+    momentum = loaded.parts["momentum"]["params"]["head"]["fc"]["kernel"]
+    np.testing.assert_array_equal(momentum, 2 * loaded.variables["params"]["head"]["fc"]["kernel"])
+    both = (loading.load_encoder(path, "tiny") for path in (tmp_path / "out", file))
+    np.testing.assert_array_equal(*(encoder(IMAGES) for encoder in both))

@@ -92,6 +92,22 @@ def test_golden_parity(layout, published, golden):
     _check(_parity_errors(spec, mapped, golden(f"{layout}.npz"), fold=True), layout)
 
 
+def test_parts_that_training_goes_on_from(published):
+    """MoCo v3's file holds its predictor and momentum encoder; MoCo v2's holds neither."""
+    spec, _, tensors = published("mocov3")
+    parts = weights.map_tensors(tensors, spec).parts
+    assert set(parts) == {"momentum", "predictor"}
+    for ours, theirs in (
+        (parts["predictor"]["params"]["layer1"]["dense"]["kernel"].T, "predictor.0.weight"),
+        (parts["predictor"]["batch_stats"]["layer2"]["norm"]["var"], "predictor.4.running_var"),
+        (parts["momentum"]["params"]["backbone"]["patch_bias"],
+         "momentum_encoder.patch_embed.proj.bias"),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(ours, tensors[f"module.{theirs}"])
+    spec, _, tensors = published("mocov2")
+    assert weights.map_tensors(tensors, spec).parts == {}
+
+
 @pytest.mark.parametrize("layout", ["resnet50", "mocov2"])
 def test_golden_parity_with_batch_norm_apart(layout, published, golden):
     """BatchNorm unfolded meets the same tolerances, so that both forms agree."""

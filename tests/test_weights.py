@@ -20,6 +20,7 @@ from ur_jax.encoders.heads import LinearHead
 from ur_jax.encoders.layers import ConvNorm, global_average
 from ur_jax.encoders.networks import Network
 from ur_jax.encoders.published import ENCODERS, conv_norm_rules, dense_rules
+from ur_jax.encoders.spec import TrainingPart
 
 
 class _Backbone(nn.Module):
@@ -30,11 +31,17 @@ class _Backbone(nn.Module):
         return global_average(ConvNorm(4, 3, folded=self.folded, name="stem")(x, train))
 
 
+def _network(folded=False):
+    return Network(_Backbone(folded), LinearHead(5))
+
+
+_RULES = (*conv_norm_rules("conv1", "bn1", "backbone/stem"), *dense_rules("fc", "head/fc"))
 TINY = dataclasses.replace(
     ENCODERS["mocov2"],
     name="tiny",
-    network=lambda folded: Network(_Backbone(folded), LinearHead(5)),
-    rules=(*conv_norm_rules("conv1", "bn1", "backbone/stem"), *dense_rules("fc", "head/fc")),
+    network=_network,
+    rules=_RULES,
+    parts=(TrainingPart("momentum", "module.encoder_k.", _network, _RULES),),
     paper="projection",
     input_size=(8, 8),
 )
@@ -130,11 +137,11 @@ def test_says_what_a_file_without_weights_holds(tmp_path):
 
 
 def test_fine_tuned_and_training_files(tmp_path):
-    """What training leaves in a file is ignored by name, and plain data is allowed."""
+    """What training leaves in a file is a part or ignored by name, and plain data is allowed."""
     import torch
 
-    extra = {k.replace("encoder_q", "encoder_k"): v for k, v in tensors().items()}
-    extra |= {"module.queue": np.zeros((5, 16)), "module.queue_ptr": np.zeros(1, np.int64)}
+    keys = {k.replace("encoder_q", "encoder_k"): np.asarray(2 * v) for k, v in tensors().items()}
+    extra = keys | {"module.queue": np.zeros((5, 16)), "module.queue_ptr": np.zeros(1, np.int64)}
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     model(torch.ones(1, 2)).sum().backward()
@@ -147,7 +154,14 @@ def test_fine_tuned_and_training_files(tmp_path):
         meters=collections.defaultdict(list, loss=[1.0]),
         best=np.float64(0.5),
     )
-    _assert_tiny(weights.load_published(path, TINY))
+    loaded = weights.load_published(path, TINY)
+    _assert_tiny(loaded)
+    momentum = loaded.parts["momentum"]["params"]["head"]["fc"]["bias"]
+    np.testing.assert_array_equal(momentum, 2 * tensors()["module.encoder_q.fc.bias"])
+    # A part is there as a whole or not at all.
+    del keys["module.encoder_k.fc.bias"]
+    with pytest.raises(ValueError, match="missing: module.encoder_k.fc.bias"):
+        weights.map_tensors(tensors() | keys, TINY)
 
 
 class _Malicious:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from ur_jax.certify import certified_accuracy
@@ -290,6 +292,68 @@ def _plot_fractions(path: Path, panels: Sequence[tuple], name: str) -> None:
         axis.set(xlabel=label, ylim=(-0.02, 1.02))
     axes[0, 0].set_ylabel(name)
     _save(figure, path)
+
+
+def encoder_table(measures: Mapping[str, Mapping[str, Estimate]], encoders: Sequence[str]) -> Table:
+    """A row per measure, a column per encoder: value and 95 % interval, as Markdown.
+
+    Args:
+      measures: {measure: {encoder: estimate}}; a missing one stays empty.
+      encoders: the columns.
+    """
+    table = Table(box=box.MARKDOWN)
+    table.add_column("measure", no_wrap=True)
+    for encoder in encoders:
+        table.add_column(encoder, no_wrap=True)
+    for measure, estimates in measures.items():
+        shown = [_interval(estimates[e]) if e in estimates else "" for e in encoders]
+        table.add_row(measure, *shown)
+    return table
+
+
+def as_markdown(table: Table) -> str:
+    """The text of a table whose box is Markdown."""
+    with io.StringIO() as file:
+        Console(file=file, width=1000).print(table)
+        return "\n".join(line.rstrip() for line in file.getvalue().strip().splitlines()) + "\n"
+
+
+def plot_encoders(
+    path: Path,
+    certificates: Mapping[str, dict[str, np.ndarray]],
+    successes: Mapping[str, Sequence[tuple[int, Estimate]]],
+) -> None:
+    """Certified accuracy against the radius and impersonation success against steps, by encoder.
+
+    Args:
+      path: PNG to write.
+      certificates: {encoder: columns of `certificates.parquet` of randomized smoothing}.
+      successes: {encoder: (step, estimate) in order}.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    largest = max(float(columns["radius"].max()) for columns in certificates.values())
+    grid = np.linspace(0.0, max(largest * 1.05, 1e-3), 400)
+    for name, columns in certificates.items():
+        correct = ~columns["abstained"] & (columns["predicted"] == columns["label"])
+        left.plot(grid, certified_accuracy(columns["radius"], correct, grid), label=name)
+    left.set(xlabel="l2 radius (pixel units)", ylabel="certified accuracy", ylim=(0, None))
+    for name, points in successes.items():
+        steps, estimates = zip(*points)
+        value, low, high, _ = np.array(estimates).T
+        right.errorbar(steps, value, (value - low, high - value), label=name, capsize=2)
+    right.set(xlabel="attack step", ylabel="impersonation success", ylim=(0, 1))
+    right.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _interval(estimate: Estimate) -> str:
+    """Value and interval in short."""
+    value, low, high, _ = estimate
+    if value is None:
+        return "infinite"
+    if low is None or high is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _save(figure, path: Path) -> None:
