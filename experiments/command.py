@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ur_jax import hosts
 from ur_jax.errors import unknown_name
 
 Config = TypeVar("Config")
@@ -36,6 +37,7 @@ def run(
       config: frozen dataclass of its flags; with presets, its field `preset` names one of them.
       presets: {name: defaults}, dataclass instances.
     """
+    hosts.join()
     # One CPU device per core: XLA's convolution gradients otherwise keep to one core.
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
     try:

@@ -103,7 +103,7 @@ def test_train_then_knn_then_evaluate(tiny, images, tmp_path, monkeypatch, capsy
     assert not (out / "summary.json").exists()
     evaluate.main(config)
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["schema"] == 1 and len(summary["config"]["weights_sha256"]) == 64
+    assert summary["schema"] == 2 and len(summary["config"]["weights_sha256"]) == 64
     assert {m["metric"] for m in summary["metrics"]} >= {"universal_quantile", "overlap_risk"}
     for name in ("distances.png", "margins.png", "gallery.png"):
         assert Image.open(out / name).size[0] > 300

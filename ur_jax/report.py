@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -40,9 +41,10 @@ def label_free_table(
     shown = [m for m in measurements if m.divergence in (divergence, None)]
     for name in dict.fromkeys(m.metric for m in shown):
         for metric, _, eps, step, (value, low, high, n) in (m for m in shown if m.metric == name):
-            interval = f"{low:.3f} to {high:.3f}"
-            robust = METRICS[metric].robust
-            table.add_row(metric, f"{eps:g}", str(step), f"{value:.3f}", interval, str(n), robust)
+            interval = f"{low:.3f} to {high:.3f}" if math.isfinite(low) else ""
+            settings = ("" if eps is None else f"{eps:g}", "" if step is None else str(step))
+            robust = METRICS[metric].robust if metric in METRICS else ""
+            table.add_row(metric, *settings, f"{value:.3f}", interval, str(n), robust)
         table.add_section()
     return table
 
