@@ -216,6 +216,17 @@ def loss_pgd(
     return _loss_pgd(loss_fn, params, images, image_keys(key, len(images)), *_split(config))
 
 
+def random_start(images: Array, key: Key, *, config: AttackConfig) -> Array:
+    """Returns where `u_pgd` with the same arguments starts, to go on from by its `start`.
+
+    Args:
+      images: originals (B,H,W,3) float32 in [0,1].
+      key: as in `u_pgd`.
+      config: the attack; the originals are returned if it has no random start.
+    """
+    return _start(images, image_keys(key, len(images)), config.eps, config)
+
+
 def image_keys(key: Key, num_images: int) -> Array:
     """Returns a key per image: `key` folded with 0, 1, ..., or `key` itself if it is (B,) keys."""
     if key.ndim == 0:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ur_jax import checkpoints, intervals, metrics, records, sharding
+from ur_jax import intervals, metrics, probing, records, sharding
 from ur_jax.certify import (
     CenterCertificate,
     CenterConfig,
@@ -95,17 +95,10 @@ def load_probe(path: str | os.PathLike, encoder: Encoder) -> dict[str, Array]:
       {"kernel": [D, K], "bias": [K]}.
 
     Raises:
-      ValueError: for a checkpoint of something else.
+      ValueError: for a checkpoint of something else, or a probe on another representation or
+        other weights.
     """
-    probe, _ = checkpoints.restore_encoder(path)
-    shapes = {name: np.shape(leaf) for name, leaf in probe.items()}
-    kernel = shapes.get("kernel", ())
-    if set(shapes) != {"kernel", "bias"} or kernel != (encoder.dimension, *shapes["bias"]):
-        raise ValueError(
-            f"Expected a probe with kernel [{encoder.dimension}, K] and bias [K] for encoder "
-            f"{encoder.name!r}, got {shapes} in {path}. Train one on this representation."
-        )
-    return probe
+    return probing.restore_probe(path, encoder)[0]
 
 
 @dataclasses.dataclass(frozen=True)

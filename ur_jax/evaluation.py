@@ -397,29 +397,26 @@ class _Parts:
         *more_indices: np.ndarray,
     ) -> None:
         """Computes this host's missing parts of a stage, one per batch."""
-        numbers = range(self.host, math.ceil(len(indices) / self.config.batch_size), self.num_hosts)
-        missing = [n for n in numbers if not self.run.has_part(stage, n)]
-        if not missing:
-            return
-        batches = zip(*(self._batches(x, missing) for x in (indices, *more_indices)), strict=True)
-        shown = self.progress(batches, title, len(missing))
-        for number, group in zip(missing, shown, strict=True):
-            values = jax.tree.map(np.asarray, compute(*group))
-            mask = np.logical_and.reduce([batch.mask for batch in group])
-            rows = {name: value[mask] for name, value in values.items()}
-            skipped = [image for batch in group for image in batch.unreadable]
-            rows["unreadable"] = np.array(skipped, np.str_).reshape(-1, 2)
-            self.run.write_part(stage, number, rows | {"index": group[0].indices[mask]})
+        run_stage(
+            self.run,
+            stage,
+            math.ceil(len(indices) / self.config.batch_size),
+            lambda numbers: (self._batches(each, numbers) for each in (indices, *more_indices)),
+            compute,
+            host=self.host,
+            num_hosts=self.num_hosts,
+            title=title,
+            progress=self.progress,
+        )
 
     def _batches(self, indices: np.ndarray, numbers: Sequence[int]) -> Iterator[ImageBatch]:
         """The batches of some images that have these numbers."""
-        size = self.config.batch_size
         return image_batches(
             self.source,
-            np.concatenate([indices[n * size : (n + 1) * size] for n in numbers]),
+            part_indices(indices, numbers, self.config.batch_size),
             input_size=self.encoder.input_size,
             preparation=self.encoder.preparation,
-            batch_size=size,
+            batch_size=self.config.batch_size,
             num_workers=self.num_workers,
         )
 
@@ -437,6 +434,50 @@ class _Parts:
         keys = fold(self._key(stream), batch.indices.astype(np.uint32))
         images, keys = sharding.shard(self.mesh, (batch.images, keys))
         return u_pgd(self.encoder, images, keys, config=attack, target=target)
+
+
+def run_stage(
+    run: Run,
+    stage: str,
+    num_parts: int,
+    batches_of: Callable[[Sequence[int]], Iterable[Iterator[ImageBatch]]],
+    compute: Callable[..., dict[str, Any]],
+    *,
+    host: int = 0,
+    num_hosts: int = 1,
+    title: str,
+    progress: Progress = lambda iterable, description, total: iterable,
+) -> None:
+    """Computes the missing parts of a stage, one per batch, and keeps the rows of readable images.
+
+    Args:
+      run: the folder.
+      stage: name of the parts.
+      num_parts: how many there are when all is done.
+      batches_of: numbers of parts -> iterators over their batches; there are several where a row
+        takes several images.
+      compute: a batch of each iterator -> {name: (B, ...)}; "index" and "unreadable" are added.
+      host: number of this host; it takes every `num_hosts`-th part.
+      num_hosts: how many there are.
+      title: for the progress.
+      progress: shows progress.
+    """
+    missing = [n for n in range(host, num_parts, num_hosts) if not run.has_part(stage, n)]
+    if not missing:
+        return
+    batches = progress(zip(*batches_of(missing), strict=True), title, len(missing))
+    for number, group in zip(missing, batches, strict=True):
+        values = jax.tree.map(np.asarray, compute(*group))
+        mask = np.logical_and.reduce([batch.mask for batch in group])
+        rows = {name: value[mask] for name, value in values.items()}
+        skipped = [image for batch in group for image in batch.unreadable]
+        rows["unreadable"] = np.array(skipped, np.str_).reshape(-1, 2)
+        run.write_part(stage, number, rows | {"index": group[0].indices[mask]})
+
+
+def part_indices(indices: np.ndarray, numbers: Sequence[int], batch_size: int) -> np.ndarray:
+    """The indices of some parts of `batch_size` each, of which only the very last may be smaller."""
+    return np.concatenate([indices[n * batch_size : (n + 1) * batch_size] for n in numbers])
 
 
 @jax.jit

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ur_jax.certify import certified_accuracy
 from ur_jax.evaluation import Measurement
+from ur_jax.impersonation import Success
 from ur_jax.intervals import Estimate
 from ur_jax.metrics import METRICS
 from ur_jax.records import atomic_path
@@ -159,6 +160,63 @@ def plot_gallery(
         axis.set_title(title, fontsize=8)
     figure.supxlabel("green frame: the image itself", fontsize=8)
     _save(figure, path)
+
+
+def plot_impersonation(
+    path: Path,
+    images: np.ndarray,
+    targets: np.ndarray,
+    attacked: np.ndarray,
+    success: np.ndarray,
+    steps: Sequence[int],
+) -> None:
+    """Image, target, and the attacked image at each reading, framed where it passes for the target.
+
+    Args:
+      path: PNG to write.
+      images: originals (S,H,W,3) in [0,1].
+      targets: the images whose representations they are attacked towards, the same shape.
+      attacked: attacked images (S,R,H,W,3).
+      success: (S,R) bool, where the probe puts the attacked image into the target's group.
+      steps: the R steps.
+    """
+    num_rows, num_reads = success.shape
+    figure, axes = plt.subplots(
+        num_rows,
+        2 + num_reads,
+        figsize=(1.2 * (2 + num_reads), 1.3 * num_rows + 0.5),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, cells in enumerate(axes):
+        for axis, picture in zip(cells, (images[row], targets[row], *attacked[row])):
+            axis.imshow(np.clip(picture, 0.0, 1.0), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        for axis in cells[2:][success[row]]:
+            for side in axis.spines.values():
+                side.set(color="#c2410c", linewidth=3)
+    for axis, title in zip(axes[0], ("image", "target", *(f"step {step}" for step in steps))):
+        axis.set_title(title, fontsize=8)
+    figure.supxlabel("orange frame: passes for the target's group", fontsize=8)
+    _save(figure, path)
+
+
+def success_table(title: str, successes: Sequence[Success]) -> Table:
+    """Rows of direction, step, share of successful impersonations with 95 % interval, and n.
+
+    Args:
+      title: above the table.
+      successes: of an impersonation experiment.
+    """
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("direction", no_wrap=True)
+    for column in ("step", "success", "95 % interval", "n"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name in dict.fromkeys(s.direction for s in successes):
+        for _, step, (value, low, high, n) in (s for s in successes if s.direction == name):
+            table.add_row(name, str(step), f"{value:.3f}", f"{low:.3f} to {high:.3f}", str(n))
+        table.add_section()
+    return table
 
 
 def plot_radii(path: Path, certificates: dict[str, np.ndarray]) -> None:

@@ -34,9 +34,11 @@ from ur_jax.data.pixels import (
 )
 from ur_jax.data.prepared import TfdsSource
 from ur_jax.data.sources import DemoSource, Example, FolderSource, ImageSource
+from ur_jax.data.views import KINDS, ProbeViews, ViewConfig
 from ur_jax.errors import unknown_name
 
 __all__ = [
+    "KINDS",
     "PREPARATIONS",
     "DecodedImages",
     "DemoSource",
@@ -44,8 +46,10 @@ __all__ = [
     "FolderSource",
     "ImageBatch",
     "ImageSource",
+    "ProbeViews",
     "TfdsSource",
     "Unreadable",
+    "ViewConfig",
     "central_crop",
     "evenly_spaced",
     "image_batches",

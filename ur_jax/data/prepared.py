@@ -6,7 +6,9 @@ import difflib
 import io
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -74,7 +76,14 @@ class TfdsSource(ImageSource):
     def __getitem__(self, index: int) -> Example:
         record = self._records[index]
         pixels = decode(io.BytesIO(record[self._image]))
-        return Example(pixels, int(record[self._label]) if self._label else -1, self.name(index))
+        return Example(pixels, self._label_of(record), self.name(index))
+
+    def label(self, index: int) -> int:
+        return self._label_of(self._records[index])
+
+    def _label_of(self, record: Mapping[str, Any]) -> int:
+        """The label in a record, -1 for none."""
+        return int(record[self._label]) if self._label else -1
 
 
 def _prepared_builder(spec: str, name: str, data_dir: str | os.PathLike[str] | None):

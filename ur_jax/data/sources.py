@@ -64,6 +64,10 @@ class ImageSource(abc.ABC):
     def __getitem__(self, index: int) -> Example:
         """Reads and decodes one image."""
 
+    def label(self, index: int) -> int:
+        """Returns the label of an image, -1 for none; here by reading the image."""
+        return self[index].label
+
     @functools.cached_property
     def listing_hash(self) -> str:
         """16 hex digits of the SHA-256 of all names in order: equal for an equal listing."""
@@ -111,7 +115,10 @@ class FolderSource(ImageSource):
     def __getitem__(self, index: int) -> Example:
         name = self._names[index]
         with open(self._root / name, "rb") as file:
-            return Example(decode(file), self._labels.get(_first_level(name), -1), name)
+            return Example(decode(file), self.label(index), name)
+
+    def label(self, index: int) -> int:
+        return self._labels.get(_first_level(self._names[index]), -1)
 
 
 class DemoSource(ImageSource):
@@ -134,6 +141,9 @@ class DemoSource(ImageSource):
 
     def name(self, index: int) -> str:
         return f"{self.class_names[index // _DEMO_CROPS]}/{index % _DEMO_CROPS:02d}"
+
+    def label(self, index: int) -> int:
+        return index // _DEMO_CROPS
 
     def __getitem__(self, index: int) -> Example:
         label, crop = divmod(index, _DEMO_CROPS)
