@@ -24,6 +24,11 @@ _PRETRAINED = Path(__file__).parent / "pretrained"
 _PACKAGED = ("demo",)
 
 
+def packaged() -> tuple[str, ...]:
+    """Names of the encoders that ship with the package."""
+    return _PACKAGED
+
+
 def load_encoder(
     path: str | os.PathLike,
     name: str | None = None,

@@ -169,6 +169,8 @@ class Plan:
                 stage.run()
         except Exception as raised:  # whatever it is, the other stages go on
             error = raised
+            if not hosts.is_first():  # whose record does not have it
+                traceback.print_exception(raised)
         seconds = time.monotonic() - start
         failed = hosts.on_all_hosts(error is not None)
         if not failed.any():

@@ -56,6 +56,11 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """Reads what `write_json` wrote."""
+    return json.loads(path.read_text())
+
+
 def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
     """Writes columns of equal length as Parquet, atomically."""
     with atomic_path(path) as temporary:
