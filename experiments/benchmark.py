@@ -7,17 +7,18 @@
         --train-images tfds:imagenet2012/train --pet-images folder:PetImages --workdir runs/paper
 
 Prints the plan first, with samples and estimated time (`--dry-run` stops there), then runs what is
-not finished: each stage in `WORKDIR/ENCODER/STAGE`, by the script that also runs alone. A stage that
-is finished with the same settings is skipped, one whose settings, weights or images changed is
+not finished: each stage in `WORKDIR/ENCODER/STAGE`, by the script that also runs alone. A stage
+that is finished with the same settings is skipped, one whose settings, weights or images changed is
 computed again, one that fails is reported and does not stop the others. Clean representations of an
 encoder on a data set are computed once. Ends with `WORKDIR/RESULTS.csv` and `WORKDIR/report.html`;
 the exit status is 1 if a stage failed or could not be run.
 
 On several hosts (a TPU pod, `srun`, `mpirun`) start the same command on each, with a --workdir that
-all of them see: images are divided over the hosts, batches over their devices, the first host merges.
+all of them see: images are divided over the hosts, batches over their devices, and the first host
+merges. Probes and impersonation run on the first host alone.
 
-`--compile-only v5e:16x16` runs nothing: it compiles every hot function for that TPU topology, on any
-machine with libtpu, and prints whether it fits.
+`--compile-only v5e:16x16` runs nothing: it compiles every hot function for that TPU topology, on
+any machine with libtpu, and prints whether it fits.
 """
 
 from __future__ import annotations

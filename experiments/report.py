@@ -61,7 +61,7 @@ def parts(config: Config, found: results.Results) -> Iterator[str]:
     encoders = sorted({encoder for encoder, _ in found.summaries} | set(planned))
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title in _CONTENTS.items())
     yield (
-        f"<header><h1>How easily do representations move?</h1>"
+        "<header><h1>How easily do representations move?</h1>"
         + page.paragraph(
             f"{len(encoders)} encoders, {len(found.summaries)} finished stages, "
             f"{len(found.rows)} numbers. Every attack is measured in pixel units of [0,1]; every "
@@ -82,9 +82,7 @@ def parts(config: Config, found: results.Results) -> Iterator[str]:
     yield page.section(_CONTENTS["curves"], "curves", *curves(config.workdir, found, encoders))
     yield page.section(_CONTENTS["pictures"], "pictures", *pictures(config.workdir, encoders))
     yield page.section(_CONTENTS["correlation"], "correlation", *correlation(found))
-    yield page.section(
-        _CONTENTS["missing"], "missing", *missing(config.workdir, found, planned)
-    )
+    yield page.section(_CONTENTS["missing"], "missing", *missing(config.workdir, found, planned))
     yield page.section(_CONTENTS["numbers"], "numbers", *numbers(found))
     yield page.section(_CONTENTS["origin"], "origin", *origin(config.workdir, found))
 
@@ -134,9 +132,11 @@ def curves(workdir: Path, found: results.Results, encoders: list[str]) -> Iterat
         drawn = True
         yield show(
             "certified-accuracy",
-            figures.step_figure([("l2 radius, pixel units", accuracy)], "certified accuracy", encoders),
-            "Share of images that the smoothed probe classifies correctly within the radius, proven "
-            "but for the probability alpha of each certificate.",
+            figures.step_figure(
+                [("l2 radius, pixel units", accuracy)], "certified accuracy", encoders
+            ),
+            "Share of images that the smoothed probe classifies correctly within the radius; each "
+            "certificate fails with probability alpha at most.",
         )
     panels = [
         (label, comparison.divergence_curves(workdir, summaries, column))

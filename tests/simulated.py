@@ -143,7 +143,9 @@ class _Encoder:
         records.write_table(self.folder / "breakaway" / "neighbours.parquet", columns)
         at = {"divergence": "l2", "eps": 0.05, "step": 25}
         share = rank.mean() / 1000
-        rows = [results.row("breakaway_risk", Estimate(share, 0.9 * share, 1.1 * share, 1000), **at)]
+        rows = [
+            results.row("breakaway_risk", Estimate(share, 0.9 * share, 1.1 * share, 1000), **at)
+        ]
         for k in (1, 5):
             estimate = proportion_interval(int((rank < k).sum()), num_images)
             rows.append(results.row(f"top_{k}_accuracy", estimate, **at))

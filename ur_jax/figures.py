@@ -55,7 +55,7 @@ def distance_figure(
       names: all encoders, so that each looks the same in every figure.
     """
     labels = {
-        "untargeted": "distance to the clean image / median clean distance",
+        "untargeted": "distance moved / median clean distance",
         "targeted": "distance to the target / that at the start",
     }
     with plt.rc_context(_STYLE):
@@ -77,7 +77,7 @@ def margin_figure(margins: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figur
     """
     num_columns = min(5, max(2, len(margins)))
     num_rows = math.ceil(len(margins) / num_columns)
-    size = (1.9 * num_columns + 0.6, 1.8 * num_rows + 0.5)
+    size = (1.9 * num_columns + 0.6, 1.9 * num_rows + 0.5)
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
             num_rows, num_columns, figsize=size, sharex=True, sharey=True, squeeze=False,
@@ -87,7 +87,7 @@ def margin_figure(margins: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figur
             axis.axhline(0.0, color="#d55e00", linewidth=1)
             axis.scatter(clean, margin, s=4, alpha=0.4, color=_COLORS[0], lw=0, rasterized=True)
             risk = float(np.mean(margin < 0)) if len(margin) else math.nan
-            axis.set_title(f"{name}: {risk:.3f} below 0", fontsize=8)
+            axis.set_title(f"{name}\n{risk:.1%} below 0", fontsize=8)
         for axis in axes.flat[len(margins) :]:
             axis.set_axis_off()
         figure.supxlabel("clean distance of the pair / median clean distance", fontsize=9)
@@ -126,9 +126,7 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a figure as PATH.png and PATH.pdf, on white, the same bytes every time."""
     for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         with atomic_path(path.with_name(f"{path.name}.{suffix}")) as temporary:
-            figure.savefig(
-                temporary, format=suffix, dpi=200, facecolor="white", metadata=metadata
-            )
+            figure.savefig(temporary, format=suffix, dpi=200, facecolor="white", metadata=metadata)
 
 
 def to_svg(figure: Figure) -> str:

@@ -80,8 +80,8 @@ def correlation_table(found: Iterable[tuple[Column, Column, Any, int]]) -> str:
         else:
             rho, tau, p_value, n = correlation
             text = (
-                f'<td data-value="{rho!r}">{rho:+.2f}<small>tau {tau:+.2f}, p {p_value:.2g}, '
-                f"n = {n}</small></td>"
+                f'<td data-value="{rho!r}">{rho:+.2f}<small>tau {tau:+.2f}, n = {n}</small>'
+                f"<small>p {p_value:.2g}</small></td>"
             )
         cells.setdefault(row, {})[column] = text
     head = ["<th><button>without labels</button></th>"]
@@ -115,10 +115,10 @@ def plain_table(
     if not identifier:
         return table
     field = (
-        f'<input data-filter="{escape(identifier)}" placeholder="Filter: words that a row must have"'
-        ' aria-label="Filter the rows">'
+        f'<input data-filter="{escape(identifier)}" aria-label="Filter the rows" '
+        'placeholder="Filter: words that a row must have">'
     )
-    return field + table
+    return field + table + paragraph("Long tables are left out on paper.", "paper")
 
 
 def figure(markup: str, caption: str, files: str = "") -> str:
@@ -182,10 +182,15 @@ def _cell(row: Mapping[str, Any] | None, is_best: bool) -> str:
     value, low, high = (row[name] for name in ("value", "low", "high"))
     if value is None:
         return '<td data-value="Infinity">no finite value</td>'
-    ends = "" if None in (low, high) else f"<small>{low:.3f} to {high:.3f}</small>"
+    ends = "" if None in (low, high) else f"<small>{_digits(low)} to {_digits(high)}</small>"
     kind, mark = (' class="best"', " best") if is_best else ("", "")
     title = f"n = {row['n']}{mark}"
-    return f'<td{kind} data-value="{value!r}" title="{title}">{value:.3f}{ends}</td>'
+    return f'<td{kind} data-value="{value!r}" title="{title}">{_digits(value)}{ends}</td>'
+
+
+def _digits(value: float) -> str:
+    """Three decimals; two digits of what is nearer to 0 than those would show."""
+    return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
 
 
 def _table(heads: Sequence[str], body: Sequence[str], identifier: str = "") -> str:
