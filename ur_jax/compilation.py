@@ -59,8 +59,9 @@ class Compiled(NamedTuple):
     Attributes:
       encoder: its name.
       function: what was compiled.
-      images: images, or samples, of one call on all chips.
-      flops: floating-point operations per image; a loop's body counts once.
+      images: images on all chips at a time: of a call, or of one turn of a certificate's loop.
+      flops: floating-point operations per image. The body of a loop counts once, so that of an
+        attack it is the clean image and one step.
       bytes: bytes moved per image, likewise.
       memory: bytes of a chip for arguments, outputs and temporaries.
       available: bytes that a chip has; None if not known.
@@ -137,9 +138,8 @@ def compile_encoder(
     num_hosts = len({device.process_index for device in devices})
     num_images = max(1, protocol.batch_size * num_hosts // mesh.size) * mesh.size
     encoder = loading.abstract_encoder(name, "paper", dtype)
-    everywhere, divided = (
-        NamedSharding(mesh, s) for s in (PartitionSpec(), PartitionSpec(sharding.DATA_AXIS))
-    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    divided = NamedSharding(mesh, PartitionSpec(sharding.DATA_AXIS))
     encoder = _placed(encoder, everywhere)
     shape = (*encoder.input_size, 3)
     images = _placed(jax.ShapeDtypeStruct((num_images, *shape), jnp.float32), divided)
@@ -177,7 +177,7 @@ def compile_encoder(
             f"certificate, {num_samples} samples",
             sample,
             (encoder, one_image, key, number, number),
-            num_samples,
+            samples_per_chip * mesh.size,  # of one turn of its loop
         ),
         (
             "neighbours, one block",
@@ -208,7 +208,7 @@ def table(topology: str, results: list[Compiled]) -> Table:
     for r in results:
         is_small = r.available is None or r.memory <= r.available
         shown.add_row(
-            r.encoder, r.function, f"{r.images:,}", f"{r.flops / 1e9:.2f}", f"{r.bytes / 1e6:.1f}",
+            r.encoder, r.function, f"{r.images:,}", f"{r.flops / 1e9:.3g}", f"{r.bytes / 1e6:.3g}",
             f"{r.memory / _GIB:.2f}", "" if r.available is None else f"{r.available / _GIB:.0f}",
             "yes" if is_small else "NO", _listed(r.inner), _listed(r.outer), f"{r.seconds:.0f}",
         )  # fmt: skip
