@@ -195,6 +195,8 @@ def main(config: Config) -> int:
     chosen = whole.select(config.only)
     hosts.on_all_hosts(True)  # all have read what is finished before anyone changes it
     command.console.print(plan_table(config, whole, chosen), highlight=False)
+    for reason in dict.fromkeys(stage.missing for stage in chosen if stage.missing):
+        command.console.print(f"cannot run: {reason}", markup=False, highlight=False)
     if config.dry_run:
         return 0
     if hosts.is_first():
@@ -239,8 +241,7 @@ def image_specs(config: Config) -> dict[str, str | None]:
 def read_encoders(config: Config) -> Iterator[EncoderEntry]:
     """Loads every encoder once, to say early what cannot be loaded."""
     for text in config.encoders or loading.packaged():
-        label, _, path = text.rpartition("=")
-        label = label or encoder_label(path)
+        label, path = label_of(text), text.rpartition("=")[2]
         name = label if os.path.isfile(path) else None
         entry = EncoderEntry(label, path, name)
         try:
@@ -256,10 +257,11 @@ def read_encoders(config: Config) -> Iterator[EncoderEntry]:
         )
 
 
-def encoder_label(path: str) -> str:
-    """The name of an encoder's folder: that of its path, or of the run that it is from."""
+def label_of(text: str) -> str:
+    """The name of an encoder's folder: as given, or from its path, or of the run it is from."""
+    label, _, path = text.rpartition("=")
     parts = [part for part in Path(path).parts if part != os.sep]
-    return parts[-2] if len(parts) > 1 and parts[-1] == "encoder" else parts[-1]
+    return label or (parts[-2] if len(parts) > 1 and parts[-1] == "encoder" else parts[-1])
 
 
 def flops_per_image(encoder) -> float | None:
@@ -436,7 +438,7 @@ def plan_table(config: Config, whole: Plan, chosen: list[Stage]) -> Table:
             table.add_row(stage.key, state, "", "")
             continue
         if stage.missing:
-            table.add_row(stage.key, f"cannot run: {stage.missing}", "", "")
+            table.add_row(stage.key, "cannot run", "", "")
             continue
         seconds = stage.work / speed if stage.work else None
         if seconds and stage.divides:
@@ -473,10 +475,13 @@ def print_outcomes(outcomes: list[plan.Outcome]) -> None:
     seconds = duration(sum(o.seconds for o in outcomes))
     shown = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     command.console.print(f"{shown}; {seconds}", highlight=False)
+    reasons: dict[tuple[str, str], list[str]] = {}
     for outcome in outcomes:
         if outcome.state in ("failed", "blocked"):
-            text = f"{outcome.key} {outcome.state}: {outcome.reason}"
-            command.console.print(text, style="bold red", markup=False, highlight=False)
+            reasons.setdefault((outcome.state, outcome.reason), []).append(outcome.key)
+    for (state, reason), keys in reasons.items():
+        text = f"{', '.join(keys)} {state}: {reason}"
+        command.console.print(text, style="bold red", markup=False, highlight=False)
 
 
 def write_plan(config: Config, whole: Plan) -> None:
@@ -486,21 +491,15 @@ def write_plan(config: Config, whole: Plan) -> None:
     """
     path = config.workdir / "plan.json"
     known = records.read_json(path).get("encoders", {}) if path.exists() else {}
-    flags = changed_flags(config, PRESETS[config.preset])
-    for stage in whole.stages.values():
-        known.setdefault(stage.encoder, {})
-    for label in {stage.encoder for stage in whole.stages.values()}:
+    given = {label_of(text): text for text in config.encoders or loading.packaged()}
+    for label, text in given.items():
+        own = dataclasses.replace(config, encoders=(text,))
+        flags = changed_flags(own, PRESETS[config.preset])
+        words = ["python", "experiments/benchmark.py", "--preset", config.preset, *flags]
+        stages = [stage for stage in whole.stages.values() if stage.encoder == label]
         known[label] = {
-            stage.name: {
-                "command": shlex.join(
-                    ["python", "experiments/benchmark.py", "--preset", config.preset, *flags]
-                    + ["--only", stage.key]
-                ),
-                "missing": stage.missing,
-                "samples": stage.samples,
-            }
-            for stage in whole.stages.values()
-            if stage.encoder == label
+            "command": shlex.join(words),
+            "stages": {stage.name: stage.missing for stage in stages},
         }
     records.write_json(path, {"schema": records.SCHEMA, "encoders": known})
 

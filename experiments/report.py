@@ -88,7 +88,7 @@ def parts(config: Config, found: results.Results) -> Iterator[str]:
 
 
 def read_plan(workdir: Path) -> dict[str, dict[str, Any]]:
-    """{encoder: {stage: its command and what it lacks}} that `benchmark.py` planned."""
+    """{encoder: its command, and stages with what they lack} that `benchmark.py` planned."""
     path = workdir / "plan.json"
     return records.read_json(path)["encoders"] if path.exists() else {}
 
@@ -184,15 +184,18 @@ def pictures(workdir: Path, encoders: list[str]) -> Iterator[str]:
 def correlation(found: results.Results) -> Iterator[str]:
     """Rank correlation between measures without and with labels."""
     pairs = list(comparison.correlations(found.rows))
-    if not pairs:
-        yield nothing()
+    if all(correlation is None for _, _, correlation, _ in pairs):
+        yield page.paragraph(
+            "A rank correlation needs at least 3 encoders with both a measure without labels and "
+            "one with labels.",
+            "soft",
+        )
         return
     yield page.paragraph(
         "Spearman's rank correlation over encoders between each measure without labels (rows) and "
         "with labels (columns), with Kendall's tau, its p-value (exact for few encoders, not "
         "corrected for the many pairs) and the number of encoders. The sign is that of the values: "
-        "where one is robust when low and the other good when high, agreement is negative. Fewer "
-        "than 3 encoders give none.",
+        "where one is robust when low and the other good when high, agreement is negative.",
         "soft",
     )
     yield page.correlation_table(pairs)
@@ -201,30 +204,34 @@ def correlation(found: results.Results) -> Iterator[str]:
 def missing(
     workdir: Path, found: results.Results, planned: dict[str, dict[str, Any]]
 ) -> Iterator[str]:
-    """Stages that were planned and have no result, with the command that fills each."""
-    rows = []
-    for encoder, stages in sorted(planned.items()):
-        for stage, known in stages.items():
+    """Stages that were planned and have no result, with the command that fills them."""
+    damaged = dict(found.damaged)
+    complete = True
+    for encoder, known in sorted(planned.items()):
+        rows = []
+        for stage, reason in known["stages"].items():
             if (encoder, stage) in found.summaries:
                 continue
             record = plan.read_record(workdir / encoder / stage)
-            reason = found.damaged.get((encoder, stage)) or known["missing"]
+            reason = damaged.pop((encoder, stage), reason)
             if not reason and record.get("error"):
                 reason = record["error"].strip().splitlines()[-1]
             state = "failed" if record.get("error") else "begun" if record else "not begun"
-            rows.append((f"{encoder}/{stage}", state, reason, known["command"]))
-    if not rows and not found.damaged:
-        complete = "Nothing: every planned stage is finished." if planned else (
-            "Not known: there is no plan.json, which benchmark.py writes."
-        )  # fmt: skip
-        yield page.paragraph(complete)
-        return
-    unplanned = {k: v for k, v in found.damaged.items() if k[1] not in planned.get(k[0], {})}
-    for (encoder, stage), reason in unplanned.items():
-        rows.append((f"{encoder}/{stage}", "damaged", reason, ""))
-    columns = zip(*rows)
-    names = ("stage", "state", "why", "command")
-    yield page.plain_table(dict(zip(names, columns)), text=names)
+            rows.append((stage, state, reason))
+        if rows:
+            complete = False
+            columns = dict(zip(("stage", "state", "why"), zip(*rows)))
+            yield f"<h3>{page.escape(encoder)}</h3>" + page.code(known["command"])
+            yield page.plain_table(columns, text=tuple(columns))
+    for (encoder, stage), reason in damaged.items():
+        complete = False
+        yield page.paragraph(f"{encoder}/{stage} cannot be read: {reason}", "bad")
+    if complete:
+        yield page.paragraph(
+            "Nothing: every planned stage is finished."
+            if planned
+            else "Not known: there is no plan.json, which benchmark.py writes."
+        )
 
 
 def numbers(found: results.Results) -> Iterator[str]:

@@ -40,9 +40,9 @@ def make(
         _Encoder(workdir / encoder, rng, (place + 1) / (len(encoders) + 1)).fill(
             num_images, num_steps, num_certified, num_test, pictures
         )
-    commands = {"command": "python experiments/benchmark.py", "missing": "", "samples": 1}
     stages = sorted(path.parent.name for path in (workdir / encoders[0]).glob("*/summary.json"))
-    planned = {encoder: dict.fromkeys(stages, commands) for encoder in encoders}
+    entry = {"config": "", "command": "python experiments/benchmark.py"}
+    planned = {encoder: entry | {"stages": dict.fromkeys(stages, "")} for encoder in encoders}
     records.write_json(workdir / "plan.json", {"schema": records.SCHEMA, "encoders": planned})
 
 

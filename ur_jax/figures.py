@@ -75,7 +75,7 @@ def margin_figure(margins: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figur
     Args:
       margins: from `comparison.margins`.
     """
-    num_columns = min(5, max(2, len(margins)))
+    num_columns = min(5, max(3, len(margins)))
     num_rows = math.ceil(len(margins) / num_columns)
     size = (1.9 * num_columns + 0.6, 1.9 * num_rows + 0.5)
     with plt.rc_context(_STYLE):

@@ -10,7 +10,7 @@ import base64
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from html import escape as escape
 from pathlib import Path
 from string import Template
 from typing import Any
