@@ -12,15 +12,12 @@ import jax
 import knn
 import numpy as np
 import pytest
+import tiny_encoder
 import train
 from PIL import Image
 
 from ur_jax import checkpoints
 from ur_jax.encoders import published
-from ur_jax.encoders.heads import MocoV2Head
-from ur_jax.encoders.layers import NormConfig
-from ur_jax.encoders.networks import Network
-from ur_jax.encoders.resnet import BasicBlock, ResNet
 from ur_jax.evaluation import EvaluationConfig
 
 SIZE = (8, 8)
@@ -41,14 +38,7 @@ def images(tmp_path_factory):
 @pytest.fixture
 def tiny(monkeypatch):
     """Encoder "demo" with a network of a few hundred weights."""
-
-    def network(folded, group_size=None):
-        norm = NormConfig(group_size=group_size)
-        backbone = ResNet((1,), BasicBlock, width=4, stem="cifar", folded=folded, norm=norm)
-        return Network(backbone, MocoV2Head(6, 128))
-
-    spec = dataclasses.replace(published.ENCODERS["demo"], network=network, input_size=SIZE)
-    monkeypatch.setitem(published.ENCODERS, "demo", spec)
+    monkeypatch.setitem(published.ENCODERS, "demo", tiny_encoder.SPEC)
 
 
 def _stop_after(count):
