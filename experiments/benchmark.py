@@ -96,7 +96,8 @@ class Config:
     """Which encoders, which images, where to; the stages' own flags follow."""
 
     workdir: Path = tyro.MISSING
-    """Working directory; what is finished there is skipped. On several hosts, a shared one."""
+    """Working directory; what is finished there is skipped. On several hosts, one that all see; a
+    bucket is to be mounted."""
     preset: str = "paper"
     """paper (its protocol), quick or cifar (minutes per encoder on two cores)."""
     encoders: tuple[str, ...] = ()
@@ -485,23 +486,18 @@ def print_outcomes(outcomes: list[plan.Outcome]) -> None:
 
 
 def write_plan(config: Config, whole: Plan) -> None:
-    """Writes which stages there should be and the command of each, for the report.
-
-    Encoders of earlier commands in the same working directory are kept.
-    """
-    path = config.workdir / "plan.json"
-    known = records.read_json(path).get("encoders", {}) if path.exists() else {}
-    given = {label_of(text): text for text in config.encoders or loading.packaged()}
-    for label, text in given.items():
+    """Writes for each encoder which stages there should be and the command, for the report."""
+    for text in config.encoders or loading.packaged():
         own = dataclasses.replace(config, encoders=(text,))
         flags = changed_flags(own, PRESETS[config.preset])
         words = ["python", "experiments/benchmark.py", "--preset", config.preset, *flags]
-        stages = [stage for stage in whole.stages.values() if stage.encoder == label]
-        known[label] = {
+        stages = [s for s in whole.stages.values() if s.encoder == label_of(text)]
+        planned = {
+            "schema": records.SCHEMA,
             "command": shlex.join(words),
             "stages": {stage.name: stage.missing for stage in stages},
         }
-    records.write_json(path, {"schema": records.SCHEMA, "encoders": known})
+        records.write_json(config.workdir / label_of(text) / "plan.json", planned)
 
 
 def changed_flags(config: Any, default: Any, prefix: str = "--") -> list[str]:

@@ -89,8 +89,7 @@ def parts(config: Config, found: results.Results) -> Iterator[str]:
 
 def read_plan(workdir: Path) -> dict[str, dict[str, Any]]:
     """{encoder: its command, and stages with what they lack} that `benchmark.py` planned."""
-    path = workdir / "plan.json"
-    return records.read_json(path)["encoders"] if path.exists() else {}
+    return {path.parent.name: records.read_json(path) for path in workdir.glob("*/plan.json")}
 
 
 def nothing() -> str:

@@ -41,9 +41,10 @@ def make(
             num_images, num_steps, num_certified, num_test, pictures
         )
     stages = sorted(path.parent.name for path in (workdir / encoders[0]).glob("*/summary.json"))
-    entry = {"config": "", "command": "python experiments/benchmark.py"}
-    planned = {encoder: entry | {"stages": dict.fromkeys(stages, "")} for encoder in encoders}
-    records.write_json(workdir / "plan.json", {"schema": records.SCHEMA, "encoders": planned})
+    planned = {"schema": records.SCHEMA, "command": "python experiments/benchmark.py"}
+    planned["stages"] = dict.fromkeys(stages, "")
+    for encoder in encoders:
+        records.write_json(workdir / encoder / "plan.json", planned)
 
 
 class _Encoder:

@@ -191,8 +191,8 @@ def test_the_report_is_one_file(workdir, found, capsys):
 
 def test_the_report_says_what_is_missing(tmp_path):
     stages = {"overlap": "", "breakaway": "It needs <b>more</b> images."}
-    plan = {"encoders": {"a<i>": {"command": "python x --only 'a'", "stages": stages}}}
-    records.write_json(tmp_path / "plan.json", plan)
+    plan = {"command": "python x --only 'a'", "stages": stages}
+    records.write_json(tmp_path / "a<i>" / "plan.json", plan)
     record = {"finished": False, "error": "Traceback\nValueError: too few images\n"}
     records.write_json(tmp_path / "a<i>" / "overlap.json", record)
     report.main(report.Config(tmp_path))

@@ -74,10 +74,11 @@ class Plan:
       stages: the stages; one that is required stands before those that require it.
 
     Raises:
-      ValueError: for two stages of one name, or a requirement that is not there.
+      ValueError: for two stages of one name, a requirement that is not there, or a bucket.
     """
 
     def __init__(self, workdir: Path, stages: Iterable[Stage]):
+        records.check_local(workdir)
         self.workdir = workdir
         self.stages: dict[str, Stage] = {}
         self._fingerprints: dict[str, str] = {}

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,6 +128,7 @@ def open_run(path: str | os.PathLike, config: Any) -> Run:
       ValueError: if it holds files that are no run's.
     """
     path = Path(path)
+    check_local(path)
     config = json.loads(json.dumps(config, default=_plain))
     claim = path / "config.json"
     if not claim.exists():
@@ -140,6 +142,16 @@ def open_run(path: str | os.PathLike, config: Any) -> Run:
             write_json(claim, config)
     _refuse_difference(path, json.loads(claim.read_text()), config)
     return Run(path)
+
+
+def check_local(path: Path) -> None:
+    """Raises ValueError for a bucket, such as gs://..., where results are not written."""
+    if re.match(r"\w+:/", str(path)):
+        raise ValueError(
+            f"Expected a folder of a file system, got {path}: results are not written to a bucket "
+            "directly. Mount it (gcsfuse for gs://) and name the folder; encoders may be read from "
+            "gs://."
+        )
 
 
 def fingerprint(config: Any) -> str:
