@@ -3,10 +3,10 @@
     python experiments/probe.py --encoder demo --images folder:cifar10/train \\
         --test-images folder:cifar10/test --kind noisy --cached --out runs/noisy
 
-Kinds: standard, noisy (Gaussian noise on the images, sigma 0.25) and low_pass (frequencies inside
-a disc). The probe reads the representation `features`. Without --cached it trains as the paper does,
-on fresh crops and noise in every epoch; with --cached on features encoded once, which takes a small
-part of the time (see --num-draws).
+Kinds: standard, noisy (Gaussian noise on the images, sigma 0.25) and low_pass (frequencies inside a
+disc). The probe reads the representation `features`. Without --cached it trains as the paper does,
+on fresh crops and noise in every epoch; with --cached on features encoded once, in a small part of
+the time (see --num-draws).
 
 Writes to --out: `probe/` (a checkpoint that `certify.py --method randomized --representation
 features --probe` and `impersonate.py` take), `predictions.parquet` (per test image, of the probe's

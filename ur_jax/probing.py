@@ -318,8 +318,7 @@ def restore_probe(
         raise ValueError(
             f"The probe {path} reads the representation {expected!r} of encoder "
             f"{metadata['encoder']!r}, got {output!r} (dimension {encoder.dimension}); load the "
-            "encoder with representation='features' (--representation features), or train a probe "
-            "on this one."
+            f"encoder with representation={expected!r}, or train a probe on this one."
         )
     shapes = {name: np.shape(leaf) for name, leaf in trained.items()}
     kernel = shapes.get("kernel", ())

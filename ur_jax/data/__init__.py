@@ -34,11 +34,11 @@ from ur_jax.data.pixels import (
 )
 from ur_jax.data.prepared import TfdsSource
 from ur_jax.data.sources import DemoSource, Example, FolderSource, ImageSource
-from ur_jax.data.views import KINDS, ProbeViews, ViewConfig
+from ur_jax.data.views import PROBE_KINDS, ProbeViews, ViewConfig
 from ur_jax.errors import unknown_name
 
 __all__ = [
-    "KINDS",
+    "PROBE_KINDS",
     "PREPARATIONS",
     "DecodedImages",
     "DemoSource",

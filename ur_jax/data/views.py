@@ -18,7 +18,7 @@ from ur_jax.data.sources import Example, ImageSource
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import unknown_name
 
-KINDS = ("standard", "noisy", "low_pass")
+PROBE_KINDS = ("standard", "noisy", "low_pass")
 
 _PAPER_SIZE = 224
 _NUM_ATTEMPTS = 10
@@ -32,7 +32,7 @@ class ViewConfig:
       kind: "standard", "noisy" (Gaussian noise) or "low_pass" (a disc of frequencies).
       sigma: of the noise, on the scale [0,1], > 0.
       radius: of the disc at 224 pixels, > 0; it scales with the height of other sizes.
-      augment: train on random crops and flips rather than on whole images.
+      augment: train on random crops and flips rather than on the images as a test sees them.
 
     Raises:
       ValueError: for an unknown kind or a value out of range.
@@ -44,8 +44,8 @@ class ViewConfig:
     augment: bool = True
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise unknown_name("kind of probe", self.kind, KINDS)
+        if self.kind not in PROBE_KINDS:
+            raise unknown_name("kind of probe", self.kind, PROBE_KINDS)
         for field in ("sigma", "radius"):
             if not 0.0 < getattr(self, field) < math.inf:
                 raise ValueError(f"Expected {field} > 0, got {getattr(self, field)}.")
