@@ -45,11 +45,13 @@ _MEMORY = {
     "TPU v5": 95 * _GIB,
     "TPU v6 lite": 32 * _GIB,
 }
+_SEPARATE_CORES = ("TPU v2", "TPU v3")  # later chips with two cores run them as one device
 # What libtpu asks for on a machine without a TPU; any accelerator type will do.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
@@ -96,7 +98,12 @@ def topology_devices(topology: str) -> list[jax.Device]:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        return list(topologies.get_topology_desc(topology, "tpu").devices)
+        devices = topologies.get_topology_desc(topology, "tpu").devices
+        kind = devices[0].device_kind
+        if any(device.core_on_chip for device in devices) and kind not in _SEPARATE_CORES:
+            described = topologies.get_topology_desc(topology, "tpu", chip_config_name="megacore")
+            devices = described.devices
+        return list(devices)
     except Exception as error:  # libtpu and XLA have no common class for it
         raise ValueError(
             f"Expected a TPU topology such as v5e:16x16, v4:2x2x2 or v6e:4x4, and libtpu "
