@@ -95,7 +95,7 @@ class CertificateSettings:
 class Config:
     """Which encoders, which images, where to; the stages' own flags follow."""
 
-    workdir: Path = tyro.MISSING
+    workdir: Path = Path("runs/benchmark")
     """Working directory; what is finished there is skipped. On several hosts, one that all see; a
     bucket is to be mounted."""
     preset: str = "paper"
