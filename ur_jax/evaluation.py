@@ -380,7 +380,9 @@ class _Parts:
         def compute(batch):
             result, clean = self._u_pgd(batch, _BREAKAWAY, attack, None), self._encode(batch)
             if batch.indices[0] == indices[0]:
-                rows = evenly_spaced(len(batch.indices), min(_NUM_SHOWN, len(batch.indices)))
+                readable = np.flatnonzero(batch.mask)  # and no padding
+                count = min(_NUM_SHOWN, len(readable))
+                rows = readable[evenly_spaced(len(readable), count)] if count else readable
                 shown = {"images": batch.images, "attacked_images": np.asarray(result.images)}
                 shown["index"] = batch.indices
                 self.run.write_part("gallery", 0, {k: v[rows] for k, v in shown.items()})
