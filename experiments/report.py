@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import command
+import jax
 import tyro
 
 from ur_jax import comparison, figures, page, plan, records, results
@@ -282,5 +282,5 @@ def origin(workdir: Path, found: results.Results) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it needs no accelerator
+    jax.config.update("jax_platforms", "cpu")  # no accelerator, nor the other hosts of a pod
     command.run(main, Config)
