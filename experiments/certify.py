@@ -29,10 +29,9 @@ from typing import Any, Literal
 import command
 import jax
 import tyro
-from jax.experimental import multihost_utils
 
 import ur_jax
-from ur_jax import certification, checkpoints, data, records, report
+from ur_jax import certification, checkpoints, data, evaluation, hosts, records, report, results
 from ur_jax.certification import Figures
 from ur_jax.certify import CenterConfig, RandomizedConfig
 from ur_jax.encoders import Encoder
@@ -66,6 +65,8 @@ class Config:
     """Samples per device and forward pass; by default from the device's memory."""
     num_distribution: int = 100_000
     """Of center: clean images, at most, of the distance distribution F."""
+    clean: Path | None = None
+    """Folder of clean representations that several runs share; --out keeps its own otherwise."""
     center: CenterConfig = CenterConfig(bound="union")
     randomized: RandomizedConfig = RandomizedConfig(bound="union")
 
@@ -86,6 +87,14 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
+    with hosts.before_merge():
+        job, described = compute(config)
+    if hosts.is_first():
+        finish(config, job, described)
+
+
+def compute(config: Config) -> tuple[certification.Job, dict[str, Any]]:
+    """Certifies this host's share; returns the job and what the results depend on."""
     encoder = ur_jax.load_encoder(config.encoder, config.name, config.representation, config.dtype)
     source = data.open_images(config.images)
     indices = data.evenly_spaced(len(source), config.num_images)
@@ -108,10 +117,14 @@ def main(config: Config) -> None:
         described["num_distribution"] = config.num_distribution
     else:
         probe_hash = None if probe is None else checkpoints.tree_hash(probe)
-        described |= {"probe": config.probe, "probe_sha256": probe_hash}
+        described |= {"probe_sha256": probe_hash}
     run = records.open_run(config.out, described)
+    bank = None
+    if is_center and config.clean is not None:
+        num_images = min(len(source), config.num_distribution)
+        bank = evaluation.open_bank(config.clean, described, num_images, certification.BANK_BATCH)
     job = certification.Job(
-        encoder, source, indices, run, settings, probe, config.seed, command.progress
+        encoder, source, indices, run, settings, probe, config.seed, command.progress, bank
     )
     with progress_line() as on_progress:
         job.certify(
@@ -120,10 +133,7 @@ def main(config: Config) -> None:
             batch_size=config.batch_size,
             on_progress=on_progress,
         )
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("all images certified")
-    if jax.process_index() == 0:
-        finish(config, job, described)
+    return job, described
 
 
 def read_probe(probe: str | None, encoder: Encoder) -> dict[str, Any] | None:
@@ -171,7 +181,7 @@ def finish(config: Config, job: certification.Job, described: dict[str, Any]) ->
         {
             **records.provenance(),
             "config": described,
-            "metrics": {name: e._asdict() for name, e in result.estimates.items()},
+            "metrics": results.named_rows(result.estimates),
             "samples": result.num_samples,
             "unreadable": result.unreadable,
         },

@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ur_jax import hosts
 from ur_jax.errors import unknown_name
 
 Config = TypeVar("Config")
@@ -30,18 +31,22 @@ console = Console()
 
 def run(
     main: Callable[[Config], Any], config: type[Config], presets: Mapping[str, Any] | None = None
-) -> None:
+) -> Any:
     """Parses the command line into `config` and calls `main`; a bad value ends in one clear line.
 
     Args:
       main: the script.
       config: frozen dataclass of its flags; with presets, its field `preset` names one of them.
       presets: {name: defaults}, dataclass instances.
+
+    Returns:
+      What `main` returns.
     """
+    hosts.join()  # before any other use of JAX
     # One CPU device per core: XLA's convolution gradients otherwise keep to one core.
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
     try:
-        main(parse(config, presets, sys.argv[1:]))
+        return main(parse(config, presets, sys.argv[1:]))
     except (ValueError, FileNotFoundError, ImportError) as error:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         sys.exit(2)

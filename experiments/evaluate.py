@@ -3,22 +3,26 @@
     python experiments/evaluate.py --encoder demo --images demo --preset quick --out runs/demo
 
 Writes to --out: `summary.json` (value, interval and n of every metric, with what made them),
-`attacks.parquet`, `pairs.parquet`, `neighbours.parquet` (per image), `distances.png`,
-`margins.png`, `gallery.png`. A killed run resumes where it stopped and ends with the same numbers.
+`attacks.parquet`, `pairs.parquet`, `neighbours.parquet` (per image), `distances.parquet` (the
+distribution of clean distances), `distances.png`, `margins.png`, `gallery.png`. A killed run
+resumes where it stopped and ends with the same numbers. On several hosts start the same command on
+each: batches are divided over the hosts, a batch over each host's devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import command
+import jax
 import numpy as np
 import tyro
 
 import ur_jax
-from ur_jax import data, evaluation, records, report, sharding
-from ur_jax.evaluation import EvaluationConfig
+from ur_jax import data, evaluation, hosts, records, report, results, sharding
+from ur_jax.evaluation import STAGES, EvaluationConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,10 @@ class Config:
     """float32 or bfloat16."""
     num_workers: int = 0
     """Processes that decode images; more than 0 pays on many cores."""
+    stages: tuple[Literal["distances", "attacks", "overlap", "breakaway"], ...] = STAGES
+    """What to evaluate."""
+    clean: Path | None = None
+    """Folder of clean representations that several runs share; --out keeps its own otherwise."""
     protocol: tyro.conf.OmitArgPrefixes[EvaluationConfig] = EvaluationConfig()
 
 
@@ -54,6 +62,14 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
+    with hosts.before_merge():
+        run = compute(config)
+    if hosts.is_first():
+        finish(config, *run)
+
+
+def compute(config: Config):
+    """Computes this host's share; returns what `finish` takes."""
     encoder = ur_jax.load_encoder(config.encoder, config.name, config.representation, config.dtype)
     source = data.open_images(config.images)
     mesh = sharding.data_mesh()
@@ -65,28 +81,45 @@ def main(config: Config) -> None:
         "weights_sha256": ur_jax.weights_hash(encoder),
         "images": config.images,
         "listing_hash": source.listing_hash,
-        "protocol": config.protocol,
+        "stages": config.stages,
+        "protocol": config.protocol.of_stages(config.stages),
     }
-    run = records.open_run(config.out, described)
-    result = evaluation.evaluate(
+    run, bank = records.open_run(config.out, described), None
+    if config.clean is not None:
+        num_images = config.protocol.num_clean or len(source)
+        bank = evaluation.open_bank(config.clean, described, num_images, config.protocol.batch_size)
+    evaluation.compute(
         encoder,
         source,
         run,
         config=config.protocol,
+        stages=config.stages,
+        bank=bank,
+        host=jax.process_index(),
+        num_hosts=jax.process_count(),
         mesh=mesh,
         num_workers=config.num_workers,
         progress=command.progress,
     )
+    return encoder, source, run, bank, described
+
+
+def finish(config: Config, encoder, source, run, bank, described) -> None:
+    """Writes the tables, the plots and the summary of all hosts' parts."""
+    result = evaluation.merge(run, config=config.protocol, stages=config.stages, bank=bank)
+    plot(config, encoder, source, result.gallery)
     records.write_json(
         config.out / "summary.json",
         {
             **records.provenance(),
             "config": described,
-            "metrics": [m._asdict() | m.estimate._asdict() for m in result.measurements],
+            "metrics": [
+                results.row(m.metric, m.estimate, divergence=m.divergence, eps=m.eps, step=m.step)
+                for m in result.measurements
+            ],
             "unreadable": result.unreadable,
         },
     )
-    plot(config.out, encoder, source, result.gallery)
     title = f"{encoder.name} ({encoder.representation}) on {config.images}"
     command.console.print(report.label_free_table(title, result.measurements))
     if result.unreadable:
@@ -94,10 +127,15 @@ def main(config: Config) -> None:
     command.console.print(f"Results in {config.out}", highlight=False)
 
 
-def plot(out: Path, encoder, source, gallery: dict[str, np.ndarray]) -> None:
-    """Writes the three plots of a finished run."""
-    report.plot_distances(out / "distances.png", records.read_table(out / "attacks.parquet"))
-    report.plot_margins(out / "margins.png", records.read_table(out / "pairs.parquet"))
+def plot(config: Config, encoder, source, gallery: dict[str, np.ndarray]) -> None:
+    """Writes the plots of a finished run."""
+    out = config.out
+    if "attacks" in config.stages:
+        report.plot_distances(out / "distances.png", records.read_table(out / "attacks.parquet"))
+    if "overlap" in config.stages:
+        report.plot_margins(out / "margins.png", records.read_table(out / "pairs.parquet"))
+    if "breakaway" not in config.stages:
+        return
     rows = gallery["neighbours"]
     decoded = data.load_uint8(
         source, rows.ravel(), input_size=encoder.input_size, preparation=encoder.preparation

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import tyro
 
 import ur_jax
-from ur_jax import checkpoints, data, impersonation, probing, records, report, sharding
+from ur_jax import checkpoints, data, impersonation, probing, records, report, results, sharding
 from ur_jax.certify import Classifier
 from ur_jax.impersonation import ImpersonationConfig
 
@@ -91,7 +91,6 @@ def main(config: Config) -> None:
         "representation": encoder.representation,
         "dtype": encoder.dtype,
         "weights_sha256": ur_jax.weights_hash(encoder),
-        "probe": config.probe,
         "probe_sha256": checkpoints.tree_hash(trained),
         "probe_representation": read.representation,
         "images": config.images,
@@ -111,7 +110,10 @@ def main(config: Config) -> None:
             **records.provenance(),
             "config": described,
             "metrics": [
-                {"metric": "impersonation_success", **s._asdict(), **s.estimate._asdict()}
+                results.row(
+                    "impersonation_success", s.estimate,
+                    eps=config.attack.eps, step=s.step, images=s.direction,
+                )  # fmt: skip
                 for s in successes
             ],
             "clean_accuracy": {name: estimate._asdict() for name, estimate in clean.items()},

@@ -23,7 +23,7 @@ import command
 import tyro
 
 import ur_jax
-from ur_jax import data, probing, records, report, sharding
+from ur_jax import data, probing, records, report, results, sharding
 from ur_jax.data import ViewConfig
 from ur_jax.probe import ProbeConfig
 
@@ -117,7 +117,7 @@ def main(config: Config) -> None:
         {
             **records.provenance(),
             "config": described,
-            "metrics": [a._asdict() | a.estimate._asdict() for a in accuracies],
+            "metrics": [results.row(a.metric, a.estimate, images=a.images) for a in accuracies],
             "history": history,
             "unreadable": job.unreadable(),
         },

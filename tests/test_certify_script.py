@@ -115,7 +115,8 @@ def test_killed_and_resumed_gives_the_same_table(script, make_config, monkeypatc
     summary = json.loads((alone.out / "summary.json").read_text())
     assert len(summary["unreadable"]) == 1
     assert summary["samples"] == sum(row["num_drawn"] for row in rows)
-    assert summary["metrics"]["certified"]["n"] == 8
+    (certified,) = (m for m in summary["metrics"] if m["metric"] == "certified" and not m["radius"])
+    assert certified["n"] == 8
     # A certificate follows from its row alone, also at another alpha.
     for row in rows:
         if row["abstained"]:
@@ -168,11 +169,11 @@ def test_a_probe_of_the_dataset(script, make_config, tmp_path):
     assert {row["label"] for row in rows} == {0, 1}
     summary = json.loads((config.out / "summary.json").read_text())
     correct = [row["predicted"] == row["label"] and not row["abstained"] for row in rows]
-    metrics = summary["metrics"]
-    assert metrics["certified accuracy at radius 0"]["value"] == np.mean(correct)
+    metrics = {(m["metric"], m["radius"]): m for m in summary["metrics"]}
+    assert metrics["certified_accuracy", 0.0]["value"] == np.mean(correct)
     radius = np.array([row["radius"] for row in rows])
     np.testing.assert_allclose(
-        metrics["average certified radius"]["value"], np.mean(radius * correct)
+        metrics["average_certified_radius", None]["value"], np.mean(radius * correct)
     )
 
     # Another configuration does not mix with these results.

@@ -96,7 +96,7 @@ def test_success_where_eps_suffices(config, tmp_path):
         assert left - 1e-5 <= row["distance"] <= left + 0.02 + 1e-5  # it may step over the target
 
     summary = json.loads((config.out / "summary.json").read_text())
-    found = {(m["direction"], m["step"]): m for m in summary["metrics"]}
+    found = {(m["images"], m["step"]): m for m in summary["metrics"]}
     assert len(found) == 9
     assert (found["both", 12]["value"], found["both", 12]["n"]) == (5 / 8, 8)
     assert found["cat -> dog", 12]["n"] == 4

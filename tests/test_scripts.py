@@ -13,15 +13,12 @@ import jax
 import knn
 import numpy as np
 import pytest
+import tiny_encoder
 import train
 from PIL import Image
 
 from ur_jax import checkpoints
 from ur_jax.encoders import published
-from ur_jax.encoders.heads import MocoV2Head
-from ur_jax.encoders.layers import NormConfig
-from ur_jax.encoders.networks import Network
-from ur_jax.encoders.resnet import BasicBlock, ResNet
 from ur_jax.evaluation import EvaluationConfig
 
 SIZE = (8, 8)
@@ -42,14 +39,7 @@ def images(tmp_path_factory):
 @pytest.fixture
 def tiny(monkeypatch):
     """Encoder "demo" with a network of a few hundred weights."""
-
-    def network(folded, group_size=None):
-        norm = NormConfig(group_size=group_size)
-        backbone = ResNet((1,), BasicBlock, width=4, stem="cifar", folded=folded, norm=norm)
-        return Network(backbone, MocoV2Head(6, 128))
-
-    spec = dataclasses.replace(published.ENCODERS["demo"], network=network, input_size=SIZE)
-    monkeypatch.setitem(published.ENCODERS, "demo", spec)
+    monkeypatch.setitem(published.ENCODERS, "demo", tiny_encoder.SPEC)
 
 
 def _stop_after(count):
@@ -119,7 +109,7 @@ def test_train_then_knn_then_evaluate(tiny, images, tmp_path, monkeypatch, capsy
     assert not (out / "summary.json").exists()
     evaluate.main(config)
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["schema"] == 1 and len(summary["config"]["weights_sha256"]) == 64
+    assert summary["schema"] == 2 and len(summary["config"]["weights_sha256"]) == 64
     assert {m["metric"] for m in summary["metrics"]} >= {"universal_quantile", "overlap_risk"}
     for name in ("distances.png", "margins.png", "gallery.png"):
         assert Image.open(out / name).size[0] > 300

@@ -44,6 +44,9 @@ from ur_jax.types import Array
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
 """Radii of the certified accuracy that is reported: the paper's, and 0.5."""
 
+BANK_BATCH = 64
+"""Images per batch of a shared bank, over all devices."""
+
 _STAGE = "certificates"
 _FLUSH_SECONDS = 5.0
 _LOAD_BATCH = 8
@@ -112,6 +115,8 @@ class Job:
         clean image, whose classes and labels are the readable ones of the images themselves.
       seed: of the noise and of the distance distribution.
       progress: shows how far the encoding of clean images is.
+      bank: folder of the distance distribution's clean representations, shared with other runs,
+        from `evaluation.open_bank`; by default the run keeps its own.
     """
 
     encoder: Encoder
@@ -122,6 +127,7 @@ class Job:
     probe: Mapping[str, Array] | None = None
     seed: int = 0
     progress: Progress = lambda iterable, description, total: iterable
+    bank: records.Run | None = None
 
     def certify(
         self,
@@ -215,6 +221,11 @@ class Job:
 
     def _clean(self, stage: str, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Clean representations, on one device: the same bits on any number of them."""
+        if stage == "distribution" and self.bank is not None:
+            return clean_representations(
+                self.encoder, self.source, self.bank, indices,
+                batch_size=BANK_BATCH, progress=self.progress,
+            )  # fmt: skip
         mesh = sharding.data_mesh(jax.local_devices()[:1])
         return clean_representations(
             self.encoder, self.source, self.run, indices,

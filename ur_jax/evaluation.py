@@ -1,15 +1,18 @@
 """The label-free table of one encoder: which attacks, on which images, and what is reported.
 
 `evaluate` wires the pure measures to images, devices and a run's folder. It goes through stages,
-each made of parts that are written as they finish; a killed run resumes at the first missing part
-and ends with the same numbers, since every random draw is keyed by the image it belongs to.
+each made of parts, one per batch, that are written as they finish. A killed run computes only what
+is missing and ends with the same numbers, since every random draw is keyed by the image it belongs
+to; on several hosts, `compute` takes every `num_hosts`-th part, and `merge` reads them all.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +25,16 @@ from ur_jax.attacks import AttackConfig, u_pgd
 from ur_jax.data import ImageBatch, ImageSource, evenly_spaced, image_batches
 from ur_jax.distances import distance
 from ur_jax.encoders.base import Encoder
+from ur_jax.errors import unknown_name
 from ur_jax.intervals import Estimate
-from ur_jax.records import Run, write_table
+from ur_jax.records import Run, fingerprint, open_run, write_table
 from ur_jax.types import Array
 
 DIVERGENCES = ("l1", "l2", "linf")
+STAGES = ("distances", "attacks", "overlap", "breakaway")
+"""What can be evaluated on its own; all but overlap need the clean representations of the bank."""
+
+_LEVELS = np.arange(1, 1000) / 1000
 _NUM_NEIGHBOURS = 5
 _NUM_SHOWN = 6
 _HISTORY = (
@@ -34,6 +42,13 @@ _HISTORY = (
     "cosine_similarity",
     *(f"perturb_{name}" for name in DIVERGENCES),
 )
+_BANK = ("num_clean", "num_distribution")
+_SETTINGS = {
+    "distances": _BANK,
+    "attacks": (*_BANK, "num_images", "eps", "step_size", "read_at", "nearest_level"),
+    "overlap": ("num_images", "overlap_eps", "overlap_steps", "step_size"),
+    "breakaway": ("num_clean", "num_images", "breakaway_eps", "breakaway_steps", "step_size"),
+}
 # Streams of random numbers, one per use.
 _UNTARGETED, _TARGETED, _TARGETS, _OVERLAP, _PAIRS, _BREAKAWAY, _DISTRIBUTION = range(7)
 
@@ -86,6 +101,11 @@ class EvaluationConfig:
         for eps in (*self.eps, self.overlap_eps, self.breakaway_eps):
             self.attack(eps, 1)
 
+    def of_stages(self, stages: Sequence[str]) -> dict[str, Any]:
+        """The settings that the results of some stages depend on, {field: value}."""
+        names = {"seed", "batch_size"}.union(*(_SETTINGS[stage] for stage in stages))
+        return {k: v for k, v in dataclasses.asdict(self).items() if k in names}
+
     def attack(self, eps: float, num_steps: int) -> AttackConfig:
         """The U-PGD of these settings."""
         return AttackConfig(eps=eps, step_size=self.step_size, num_steps=num_steps)
@@ -96,8 +116,8 @@ class Measurement(NamedTuple):
 
     metric: str
     divergence: str | None
-    eps: float
-    step: int
+    eps: float | None
+    step: int | None
     estimate: Estimate
 
 
@@ -107,7 +127,8 @@ class Evaluation(NamedTuple):
     Attributes:
       measurements: the table.
       unreadable: {image name: reason} of the images left out.
-      gallery: arrays of the first attacked images, for `report.gallery`.
+      gallery: arrays of the first attacked images, for `report.plot_gallery`; {} without the stage
+        "breakaway".
     """
 
     measurements: list[Measurement]
@@ -125,6 +146,8 @@ def evaluate(
     run: Run,
     *,
     config: EvaluationConfig,
+    stages: Sequence[str] = STAGES,
+    bank: Run | None = None,
     mesh: Mesh | None = None,
     num_workers: int = 0,
     progress: Progress = lambda iterable, description, total: iterable,
@@ -136,32 +159,102 @@ def evaluate(
       source: images, from `data.open_images`. Attacked images are evenly spaced in the listing,
         and so are those of the bank.
       run: the folder, from `records.open_run`; finished parts are not computed again. Per-image
-        values go to `attacks.parquet`, `pairs.parquet` and `neighbours.parquet`.
+        values go to `attacks.parquet`, `pairs.parquet` and `neighbours.parquet`, and the
+        distribution of clean distances to `distances.parquet`, each by the stage it is of.
       config: the protocol.
+      stages: which of `STAGES`.
+      bank: folder of the clean representations, from `open_bank`, which several runs may share;
+        by default `run`.
       mesh: devices, from `sharding.data_mesh`; all local ones by default.
       num_workers: processes that load images.
       progress: shows progress.
 
     Raises:
-      ValueError: for more samples than images, or a batch that does not divide over the devices.
+      ValueError: for more samples than images, a batch that does not divide over the devices, or
+        an unknown stage.
+    """
+    compute(
+        encoder, source, run, config=config, stages=stages, bank=bank, mesh=mesh,
+        num_workers=num_workers, progress=progress,
+    )  # fmt: skip
+    return merge(run, config=config, stages=stages, bank=bank, mesh=mesh)
+
+
+def compute(
+    encoder: Encoder,
+    source: ImageSource,
+    run: Run,
+    *,
+    config: EvaluationConfig,
+    stages: Sequence[str] = STAGES,
+    bank: Run | None = None,
+    host: int = 0,
+    num_hosts: int = 1,
+    mesh: Mesh | None = None,
+    num_workers: int = 0,
+    progress: Progress = lambda iterable, description, total: iterable,
+) -> None:
+    """Computes this host's share of the parts of `evaluate`, which see for the other arguments.
+
+    Args:
+      host: number of this host; it takes every `num_hosts`-th batch.
+      num_hosts: how many there are. A run may go on with another number of them.
     """
     mesh = sharding.data_mesh() if mesh is None else mesh
     check_fits(config, source, mesh)
-    stages = _Stages(
-        sharding.replicate(mesh, encoder), source, run, config, mesh, num_workers, progress
-    )
-    bank = stages.clean("clean", evenly_spaced(len(source), config.num_clean or len(source)))
-    stages.attacks()
-    stages.overlap()
-    stages.breakaway()
+    _check_stages(stages)
+    encoder = sharding.replicate(mesh, encoder)
+    parts = _Parts(encoder, source, run, config, mesh, num_workers, progress, host, num_hosts)
+    if set(stages) - {"overlap"}:
+        indices = evenly_spaced(len(source), config.num_clean or len(source))
+        dataclasses.replace(parts, run=bank or run).clean("clean", indices)
+    for stage in stages:
+        if stage != "distances":  # they follow from the bank
+            getattr(parts, stage)()
 
-    distributions = _distributions(bank, config)
-    measurements = [
-        *_attack_table(run, distributions, config),
-        *_breakaway_table(run, bank, config, mesh),
-        *_overlap_table(run, config),
-    ]
-    return Evaluation(measurements, _unreadable(run), _gallery(run, bank, mesh))
+
+def merge(
+    run: Run,
+    *,
+    config: EvaluationConfig,
+    stages: Sequence[str] = STAGES,
+    bank: Run | None = None,
+    mesh: Mesh | None = None,
+) -> Evaluation:
+    """Writes the tables and returns the numbers of `evaluate`, once all parts are there."""
+    mesh = sharding.data_mesh() if mesh is None else mesh
+    _check_stages(stages)
+    clean = (bank or run).read_parts("clean") if set(stages) - {"overlap"} else {}
+    distributions = {}
+    if {"distances", "attacks"} & set(stages):
+        distributions = _distributions(clean, config)
+    tables = {
+        "distances": lambda: _distance_table(run, distributions, clean, config),
+        "attacks": lambda: _attack_table(run, distributions, config),
+        "breakaway": lambda: _breakaway_table(run, clean, config, mesh),
+        "overlap": lambda: _overlap_table(run, config),
+    }
+    measurements = [m for stage, table in tables.items() if stage in stages for m in table()]
+    gallery = _gallery(run, clean, mesh) if "breakaway" in stages else {}
+    unreadable = _unreadable(run, *([clean] if clean else []))
+    return Evaluation(measurements, unreadable, gallery)
+
+
+def open_bank(
+    folder: str | os.PathLike, described: Mapping[str, Any], num_images: int, batch_size: int
+) -> Run:
+    """Opens the folder of an encoder's clean representations of some images, for any run to share.
+
+    Args:
+      folder: where the folders of all of them are; this one is named after what determines them.
+      described: what the results depend on; of it, the encoder's and the listing's entries count.
+      num_images: evenly spaced images of the listing.
+      batch_size: images per batch, over all devices.
+    """
+    names = ("encoder", "representation", "dtype", "weights_sha256", "listing_hash")
+    settings = {name: described[name] for name in names}
+    settings |= {"num_images": num_images, "batch_size": batch_size}
+    return open_run(Path(folder) / fingerprint(settings), settings)
 
 
 def clean_representations(
@@ -198,7 +291,8 @@ def clean_representations(
     mesh = sharding.data_mesh() if mesh is None else mesh
     sharding.check_divisible(batch_size, mesh)
     encoder, config = sharding.replicate(mesh, encoder), EvaluationConfig(batch_size=batch_size)
-    return _Stages(encoder, source, run, config, mesh, num_workers, progress).clean(stage, indices)
+    _Parts(encoder, source, run, config, mesh, num_workers, progress).clean(stage, indices)
+    return run.read_parts(stage)
 
 
 def check_fits(config: EvaluationConfig, source: ImageSource, mesh: Mesh) -> None:
@@ -208,9 +302,18 @@ def check_fits(config: EvaluationConfig, source: ImageSource, mesh: Mesh) -> Non
         evenly_spaced(len(source), num_images or len(source))
 
 
+def _check_stages(stages: Sequence[str]) -> None:
+    """Raises ValueError unless there are some, all known."""
+    for stage in stages:
+        if stage not in STAGES:
+            raise unknown_name("stage", stage, STAGES)
+    if not stages:
+        raise ValueError(f"Expected at least one stage of {', '.join(STAGES)}.")
+
+
 @dataclasses.dataclass(frozen=True)
-class _Stages:
-    """What computes and writes the parts; see `evaluate` for the fields."""
+class _Parts:
+    """What computes and writes this host's parts; see `compute` for the fields."""
 
     encoder: Encoder
     source: ImageSource
@@ -219,12 +322,13 @@ class _Stages:
     mesh: Mesh
     num_workers: int
     progress: Progress
+    host: int = 0
+    num_hosts: int = 1
 
-    def clean(self, stage: str, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def clean(self, stage: str, indices: np.ndarray) -> None:
         """Clean representations: {"index" (N,), "clean" (N,D)}."""
         title = f"{stage} representations"
         self._stage(stage, title, indices, lambda batch: {"clean": self._encode(batch)})
-        return self.run.read_parts(stage)
 
     def attacks(self) -> None:
         """Untargeted and targeted attacks of the same images at each eps."""
@@ -276,7 +380,9 @@ class _Stages:
         def compute(batch):
             result, clean = self._u_pgd(batch, _BREAKAWAY, attack, None), self._encode(batch)
             if batch.indices[0] == indices[0]:
-                rows = evenly_spaced(len(batch.indices), min(_NUM_SHOWN, len(batch.indices)))
+                readable = np.flatnonzero(batch.mask)  # and no padding
+                count = min(_NUM_SHOWN, len(readable))
+                rows = readable[evenly_spaced(len(readable), count)] if count else readable
                 shown = {"images": batch.images, "attacked_images": np.asarray(result.images)}
                 shown["index"] = batch.indices
                 self.run.write_part("gallery", 0, {k: v[rows] for k, v in shown.items()})
@@ -292,27 +398,28 @@ class _Stages:
         compute: Callable[..., dict[str, Any]],
         *more_indices: np.ndarray,
     ) -> None:
-        """Computes the missing parts of a stage, one per batch."""
+        """Computes this host's missing parts of a stage, one per batch."""
         run_stage(
             self.run,
             stage,
             math.ceil(len(indices) / self.config.batch_size),
-            lambda start: (self._batches(each, start) for each in (indices, *more_indices)),
+            lambda numbers: (self._batches(each, numbers) for each in (indices, *more_indices)),
             compute,
+            host=self.host,
+            num_hosts=self.num_hosts,
             title=title,
             progress=self.progress,
         )
 
-    def _batches(self, indices: np.ndarray, start: int) -> Iterator[ImageBatch]:
-        """The batches of some images, from number `start` on."""
+    def _batches(self, indices: np.ndarray, numbers: Sequence[int]) -> Iterator[ImageBatch]:
+        """The batches of some images that have these numbers."""
         return image_batches(
             self.source,
-            indices,
+            part_indices(indices, numbers, self.config.batch_size),
             input_size=self.encoder.input_size,
             preparation=self.encoder.preparation,
             batch_size=self.config.batch_size,
             num_workers=self.num_workers,
-            start=start,
         )
 
     def _key(self, stream: int) -> Array:
@@ -335,9 +442,11 @@ def run_stage(
     run: Run,
     stage: str,
     num_parts: int,
-    batches_from: Callable[[int], Iterable[Iterator[ImageBatch]]],
+    batches_of: Callable[[Sequence[int]], Iterable[Iterator[ImageBatch]]],
     compute: Callable[..., dict[str, Any]],
     *,
+    host: int = 0,
+    num_hosts: int = 1,
     title: str,
     progress: Progress = lambda iterable, description, total: iterable,
 ) -> None:
@@ -347,23 +456,30 @@ def run_stage(
       run: the folder.
       stage: name of the parts.
       num_parts: how many there are when all is done.
-      batches_from: number of the first missing part -> iterators over batches from there on; there
-        are several where a row takes several images.
+      batches_of: numbers of parts -> iterators over their batches; there are several where a row
+        takes several images.
       compute: a batch of each iterator -> {name: (B, ...)}; "index" and "unreadable" are added.
+      host: number of this host; it takes every `num_hosts`-th part.
+      num_hosts: how many there are.
       title: for the progress.
       progress: shows progress.
     """
-    done = run.num_parts(stage)
-    if done == num_parts:
+    missing = [n for n in range(host, num_parts, num_hosts) if not run.has_part(stage, n)]
+    if not missing:
         return
-    batches = zip(*batches_from(done), strict=True)
-    for number, group in enumerate(progress(batches, title, num_parts - done), start=done):
+    batches = progress(zip(*batches_of(missing), strict=True), title, len(missing))
+    for number, group in zip(missing, batches, strict=True):
         values = jax.tree.map(np.asarray, compute(*group))
         mask = np.logical_and.reduce([batch.mask for batch in group])
         rows = {name: value[mask] for name, value in values.items()}
         skipped = [image for batch in group for image in batch.unreadable]
         rows["unreadable"] = np.array(skipped, np.str_).reshape(-1, 2)
         run.write_part(stage, number, rows | {"index": group[0].indices[mask]})
+
+
+def part_indices(indices: np.ndarray, numbers: Sequence[int], batch_size: int) -> np.ndarray:
+    """The indices of some parts of `batch_size` each, of which only the very last may be smaller."""
+    return np.concatenate([indices[n * batch_size : (n + 1) * batch_size] for n in numbers])
 
 
 @jax.jit
@@ -389,6 +505,20 @@ def _distributions(
     chosen = jnp.asarray(clean[evenly_spaced(len(clean), min(wanted, len(clean)))])
     key = jax.random.fold_in(jax.random.key(config.seed), _DISTRIBUTION)
     return {d: metrics.distance_distribution(chosen, key, divergence=d) for d in DIVERGENCES}
+
+
+def _distance_table(run, distributions, bank, config) -> Iterator[Measurement]:
+    """Median clean distances; writes the quantiles of the distribution to `distances.parquet`.
+
+    No interval: pairs share images, so they are not independent.
+    """
+    columns = {"level": _LEVELS}
+    for d, distribution in distributions.items():
+        columns[f"dist_{d}"] = np.quantile(np.asarray(distribution.distances), _LEVELS)
+        count = min(config.num_distribution or len(bank["clean"]), len(bank["clean"]))
+        estimate = Estimate(float(distribution.median), math.nan, math.nan, count)
+        yield Measurement("median_clean_distance", d, None, None, estimate)
+    write_table(run.path / "distances.parquet", columns)
 
 
 def _attack_table(run, distributions, config) -> Iterator[Measurement]:
@@ -487,10 +617,11 @@ def _measure(name, divergence, eps, step, values) -> Measurement:
     return Measurement(name, divergence, eps, step, estimate)
 
 
-def _unreadable(run: Run) -> dict[str, str]:
+def _unreadable(run: Run, *read: Mapping[str, np.ndarray]) -> dict[str, str]:
     """{name: reason} of every image that some stage could not read."""
-    stages = sorted(path.name for path in (run.path / "parts").iterdir() if path.name != "gallery")
-    skipped = [run.read_parts(stage)["unreadable"] for stage in stages]
+    stages = {path.name for path in (run.path / "parts").glob("*")} - {"gallery"}
+    parts = [*read, *(run.read_parts(stage) for stage in sorted(stages))]
+    skipped = [part["unreadable"] for part in parts]
     return dict(sorted(map(tuple, np.concatenate(skipped).tolist())))
 
 

@@ -27,7 +27,7 @@ from ur_jax.data import ImageBatch, ImageSource, evenly_spaced, image_batches
 from ur_jax.distances import distance
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import unknown_name
-from ur_jax.evaluation import Progress, run_stage
+from ur_jax.evaluation import Progress, part_indices, run_stage
 from ur_jax.intervals import Estimate, proportion_interval
 from ur_jax.records import Run, write_table
 from ur_jax.types import Array
@@ -365,13 +365,15 @@ class Job:
             self.run,
             stage,
             math.ceil(len(indices[0]) / size),
-            lambda start: (self._batches(each, start) for each in indices),
+            lambda numbers: (
+                self._batches(part_indices(each, numbers, size)) for each in indices
+            ),
             compute,
             title=title,
             progress=self.progress,
         )
 
-    def _batches(self, indices: np.ndarray, start: int) -> Iterator[ImageBatch]:
+    def _batches(self, indices: np.ndarray) -> Iterator[ImageBatch]:
         """Batches of whole images, prepared as the encoder wants them."""
         return image_batches(
             self.source,
@@ -380,7 +382,6 @@ class Job:
             preparation=self.encoder.preparation,
             batch_size=self.config.batch_size,
             num_workers=self.num_workers,
-            start=start,
         )
 
 

@@ -24,6 +24,11 @@ _PRETRAINED = Path(__file__).parent / "pretrained"
 _PACKAGED = ("demo", "demo-robust")
 
 
+def packaged() -> tuple[str, ...]:
+    """Names of the encoders that ship with the package."""
+    return _PACKAGED
+
+
 def load_encoder(
     path: str | os.PathLike,
     name: str | None = None,
@@ -131,6 +136,44 @@ def make_encoder(
     if fold:
         variables = fold_batch_norm(jax.tree.map(np.asarray, variables))
     return _encoder(spec, variables, config, representation, dtype, fold)
+
+
+def abstract_encoder(name: str, representation: str = "paper", dtype: str = "float32") -> Encoder:
+    """An encoder of full size whose parameters are shapes only, to compile without weights.
+
+    Args:
+      name: see `list_encoders`.
+      representation: as in `load_encoder`.
+      dtype: as in `load_encoder`.
+
+    Raises:
+      ValueError: for an unknown name or representation.
+    """
+    if name not in ENCODERS:
+        raise unknown_name("encoder", name, ENCODERS)
+    spec = ENCODERS[name]
+    output = {"paper": spec.paper, "features": spec.features}.get(representation, representation)
+    dimensions = representation_dimensions(spec)
+    if output not in dimensions:
+        raise unknown_name("representation", representation, ("paper", "features", *dimensions))
+    network = spec.network(folded=True)
+    image = jax.ShapeDtypeStruct((1, *spec.input_size, 3), jnp.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), image)
+    cast = lambda x: jax.ShapeDtypeStruct(
+        x.shape, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+    )
+    return Encoder(
+        params=jax.tree.map(cast, variables),
+        apply_fn=NetworkFn(network, output),
+        name=name,
+        input_size=tuple(spec.input_size),
+        preparation=spec.preparation,
+        mean=tuple(spec.mean),
+        std=tuple(spec.std),
+        representation=representation,
+        dimension=dimensions[output],
+        dtype=dtype,
+    )
 
 
 def representation_dimensions(

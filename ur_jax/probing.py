@@ -23,7 +23,7 @@ from ur_jax.certify import Classifier
 from ur_jax.data import ImageBatch, ImageSource, ProbeViews, ViewConfig, image_batches
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import unknown_name
-from ur_jax.evaluation import Progress, run_stage
+from ur_jax.evaluation import Progress, part_indices, run_stage
 from ur_jax.intervals import Estimate, proportion_interval
 from ur_jax.probe import ProbeConfig, ProbeState
 from ur_jax.records import Run, write_table
@@ -235,19 +235,18 @@ class Job:
 
     def _stage(self, stage, title, views, indices, compute) -> None:
         """Computes the missing parts of a stage over the views of some images."""
+        size = self.config.batch_size
         run_stage(
             self.run,
             stage,
-            math.ceil(len(indices) / self.config.batch_size),
-            lambda start: (self._batches(views, indices, start),),
+            math.ceil(len(indices) / size),
+            lambda numbers: (self._batches(views, part_indices(indices, numbers, size)),),
             compute,
             title=title,
             progress=self.progress,
         )
 
-    def _batches(
-        self, views: ProbeViews, indices: np.ndarray, start: int = 0
-    ) -> Iterator[ImageBatch]:
+    def _batches(self, views: ProbeViews, indices: np.ndarray) -> Iterator[ImageBatch]:
         """Batches of views at the encoder's input size."""
         return image_batches(
             views,
@@ -256,7 +255,6 @@ class Job:
             preparation=views.preparation,
             batch_size=self.config.batch_size,
             num_workers=self.num_workers,
-            start=start,
         )
 
 

@@ -14,6 +14,8 @@ import importlib.metadata
 import json
 import math
 import os
+import re
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,16 +26,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA = 1
-"""Version of the layout of `summary.json` and of the tables."""
+SCHEMA = 2
+"""Version of the layout of `summary.json` (see `results`) and of the tables."""
 
 _PACKAGES = ("ur_jax", "jax", "jaxlib", "flax", "numpy", "scipy", "pillow")
+
+
+class OtherConfigurationError(ValueError):
+    """A folder holds the results of another configuration."""
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, which it becomes if the block ends without error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
@@ -49,6 +55,11 @@ def write_json(path: Path, value: Any) -> None:
     value = _finite(json.loads(json.dumps(value, default=_plain)))
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads what `write_json` wrote."""
+    return json.loads(path.read_text())
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
@@ -79,10 +90,14 @@ class Run:
         """The file of one finished part of a stage."""
         return self.path / "parts" / stage / f"{number:06d}.npz"
 
+    def has_part(self, stage: str, number: int) -> bool:
+        """Whether a part is finished."""
+        return self.part(stage, number).exists()
+
     def num_parts(self, stage: str) -> int:
         """How many parts of a stage are finished, counted from the first without a gap."""
         number = 0
-        while self.part(stage, number).exists():
+        while self.has_part(stage, number):
             number += 1
         return number
 
@@ -108,19 +123,35 @@ def open_run(path: str | os.PathLike, config: Any) -> Run:
       config: what determines the results: JSON values, dataclasses, paths, NumPy values.
 
     Raises:
-      ValueError: if the folder holds another configuration's results (the differing settings are
-        named), or files that are no run's.
+      OtherConfigurationError: if the folder holds another configuration's results (the differing
+        settings are named).
+      ValueError: if it holds files that are no run's.
     """
     path = Path(path)
+    check_local(path)
     config = json.loads(json.dumps(config, default=_plain))
     claim = path / "config.json"
-    if claim.exists():
-        _refuse_difference(path, json.loads(claim.read_text()), config)
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"Expected a new or empty folder, or a run to resume; {path} is neither.")
-    else:
-        write_json(claim, config)
+    if not claim.exists():
+        # Another host may be claiming it: what is being written has a name that begins with a dot.
+        is_new = not path.exists() or (path.is_dir() and all(map(_is_hidden, path.iterdir())))
+        if not is_new and not claim.exists():
+            raise ValueError(
+                f"Expected a new or empty folder, or a run to resume; {path} is neither."
+            )
+        if is_new:
+            write_json(claim, config)
+    _refuse_difference(path, json.loads(claim.read_text()), config)
     return Run(path)
+
+
+def check_local(path: Path) -> None:
+    """Raises ValueError for a bucket, such as gs://..., where results are not written."""
+    if re.match(r"\w+:/", str(path)):
+        raise ValueError(
+            f"Expected a folder of a file system, got {path}: results are not written to a bucket "
+            "directly. Mount it (gcsfuse for gs://) and name the folder; encoders may be read from "
+            "gs://."
+        )
 
 
 def fingerprint(config: Any) -> str:
@@ -147,10 +178,15 @@ def _refuse_difference(path: Path, old: Any, new: Any) -> None:
     differing = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
     if differing:
         shown = ", ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differing[:5])
-        raise ValueError(
+        raise OtherConfigurationError(
             f"{path} holds the results of another configuration ({shown}"
             f"{', ...' if len(differing) > 5 else ''}). Name another --out, or repeat the settings."
         )
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a name begins with a dot."""
+    return path.name.startswith(".")
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

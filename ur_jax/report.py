@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -43,9 +44,10 @@ def label_free_table(
     shown = [m for m in measurements if m.divergence in (divergence, None)]
     for name in dict.fromkeys(m.metric for m in shown):
         for metric, _, eps, step, (value, low, high, n) in (m for m in shown if m.metric == name):
-            interval = f"{low:.3f} to {high:.3f}"
-            robust = METRICS[metric].robust
-            table.add_row(metric, f"{eps:g}", str(step), f"{value:.3f}", interval, str(n), robust)
+            interval = f"{low:.3f} to {high:.3f}" if math.isfinite(low) else ""
+            settings = ("" if eps is None else f"{eps:g}", "" if step is None else str(step))
+            robust = METRICS[metric].robust if metric in METRICS else ""
+            table.add_row(metric, *settings, f"{value:.3f}", interval, str(n), robust)
         table.add_section()
     return table
 
@@ -316,34 +318,6 @@ def as_markdown(table: Table) -> str:
     with io.StringIO() as file:
         Console(file=file, width=1000).print(table)
         return "\n".join(line.rstrip() for line in file.getvalue().strip().splitlines()) + "\n"
-
-
-def plot_encoders(
-    path: Path,
-    certificates: Mapping[str, dict[str, np.ndarray]],
-    successes: Mapping[str, Sequence[tuple[int, Estimate]]],
-) -> None:
-    """Certified accuracy against the radius and impersonation success against steps, by encoder.
-
-    Args:
-      path: PNG to write.
-      certificates: {encoder: columns of `certificates.parquet` of randomized smoothing}.
-      successes: {encoder: (step, estimate) in order}.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    largest = max(float(columns["radius"].max()) for columns in certificates.values())
-    grid = np.linspace(0.0, max(largest * 1.05, 1e-3), 400)
-    for name, columns in certificates.items():
-        correct = ~columns["abstained"] & (columns["predicted"] == columns["label"])
-        left.plot(grid, certified_accuracy(columns["radius"], correct, grid), label=name)
-    left.set(xlabel="l2 radius (pixel units)", ylabel="certified accuracy", ylim=(0, None))
-    for name, points in successes.items():
-        steps, estimates = zip(*points)
-        value, low, high, _ = np.array(estimates).T
-        right.errorbar(steps, value, (value - low, high - value), label=name, capsize=2)
-    right.set(xlabel="attack step", ylabel="impersonation success", ylim=(0, 1))
-    right.legend(fontsize=8)
-    _save(figure, path)
 
 
 def _interval(estimate: Estimate) -> str:

@@ -1,0 +1,69 @@
+"""One process of a run on several hosts; `test_hosts` starts it.
+
+    python tests/host_worker.py FOLDER WORKDIR HOST NUM_HOSTS PORT DIE_AFTER
+
+It runs the benchmark on a tiny encoder and ends, as if killed, after writing DIE_AFTER parts (0:
+never). FOLDER has the checkpoint and the images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+folder, workdir, host, num_hosts, port, die_after = sys.argv[1:]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_compilation_cache_dir", f"{folder}/cache")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+if int(num_hosts) > 1:
+    address = f"127.0.0.1:{port}"
+    jax.distributed.initialize(
+        address, int(num_hosts), int(host), coordinator_bind_address=address,
+        initialization_timeout=60, heartbeat_timeout_seconds=20,
+    )  # fmt: skip
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+
+import benchmark  # noqa: E402
+import evaluate  # noqa: E402
+import tiny_encoder  # noqa: E402
+
+from ur_jax import records  # noqa: E402
+from ur_jax.certify import CenterConfig  # noqa: E402
+from ur_jax.encoders import published  # noqa: E402
+from ur_jax.evaluation import EvaluationConfig  # noqa: E402
+
+published.ENCODERS["demo"] = tiny_encoder.SPEC
+evaluate.plot = lambda *_: None  # figures take half of the time
+benchmark.report.parts = lambda *_: iter(())
+if int(die_after):
+    write_part, left = records.Run.write_part, itertools.count(int(die_after), -1)
+
+    def write_or_die(self, *arguments):
+        if next(left) == 0:
+            os._exit(9)
+        write_part(self, *arguments)
+
+    records.Run.write_part = write_or_die
+
+config = benchmark.Config(
+    workdir=Path(workdir),
+    encoders=(f"tiny={folder}/encoder",),
+    images=f"folder:{folder}/images",
+    only=("tiny/distances", "tiny/attacks*", "tiny/overlap", "tiny/breakaway", "tiny/*divergence"),
+    protocol=EvaluationConfig(
+        num_images=20, eps=(0.05,), read_at=(1, 2), overlap_steps=1, breakaway_steps=2,
+        num_distribution=None, batch_size=4,
+    ),
+    certificates=dataclasses.replace(
+        benchmark.CertificateSettings(),
+        num_images=5,
+        center=CenterConfig(bound="union", n0=300, n=512, alpha1=0.05, alpha2=0.05, delta=0.15),
+    ),
+)  # fmt: skip
+sys.exit(benchmark.main(config))
