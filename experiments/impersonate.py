@@ -111,8 +111,11 @@ def main(config: Config) -> None:
             "config": described,
             "metrics": [
                 results.row(
-                    "impersonation_success", s.estimate,
-                    eps=config.attack.eps, step=s.step, images=s.direction,
+                    "impersonation_success",
+                    s.estimate,
+                    eps=config.attack.eps,
+                    step=s.step,
+                    images=s.direction,
                 )  # fmt: skip
                 for s in successes
             ],
