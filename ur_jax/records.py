@@ -21,8 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 SCHEMA = 1
 """Version of the layout of `summary.json` and of the tables."""
@@ -53,6 +51,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
     """Writes columns of equal length as Parquet, atomically."""
+    import pyarrow as pa  # here and below: JSON is written where Parquet is not installed
+    import pyarrow.parquet as pq
+
     with atomic_path(path) as temporary:
         pq.write_table(
             pa.table({name: pa.array(values) for name, values in columns.items()}), temporary
@@ -61,6 +62,8 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -
 
 def read_table(path: Path) -> dict[str, np.ndarray]:
     """Reads the columns that `write_table` wrote."""
+    import pyarrow.parquet as pq
+
     table = pq.read_table(path)
     return {name: table[name].to_numpy() for name in table.column_names}
 

@@ -25,12 +25,10 @@ def main() -> None:
         with open(f"{args.out}.tmp", "w") as file:
             json.dump(content, file, indent=1)
         os.replace(f"{args.out}.tmp", args.out)
-        print(" | ".join(suite.row(results[-1])), flush=True)
+        print(f"{results[-1].work}: {len(results)} measurements so far", flush=True)
 
     sweeps = suite.PRESETS[args.preset]
-    results, context = suite.run(
-        sweeps, against=args.against, budget=args.budget, on_results=write
-    )
+    results, context = suite.run(sweeps, against=args.against, budget=args.budget, on_results=write)
     print(suite.markdown(results))
     print({name: value for name, value in context.items() if name != "results"})
 

@@ -81,9 +81,14 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
         Sweep(),
         Sweep(works=("center", "distances"), encoders=("mocov2",), batch_sizes=(64,)),
         Sweep(
-            works=("u_pgd", "forward", "training"), encoders=("demo",), batch_sizes=(64,), num_steps=5
+            works=("u_pgd", "forward", "training"),
+            encoders=("demo",),
+            batch_sizes=(64,),
+            num_steps=5,
         ),
-        Sweep(works=_CERTIFICATES, encoders=("demo",), batch_sizes=(64,), num_samples=5_000, repeats=2),
+        Sweep(
+            works=_CERTIFICATES, encoders=("demo",), batch_sizes=(64,), num_samples=5_000, repeats=2
+        ),
     ),
     # In the order of what matters: the budget may end before the list does.
     "gpu": (
@@ -94,8 +99,12 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
             num_steps=10,
             num_samples=2_560,
         ),
-        Sweep(works=("forward",), encoders=("mae", "mocov3"), dtypes=("bfloat16",), batch_sizes=(256,)),
-        Sweep(works=("center", "distances"), batch_sizes=(256,), num_center=10_000, num_rows=100_000),
+        Sweep(
+            works=("forward",), encoders=("mae", "mocov3"), dtypes=("bfloat16",), batch_sizes=(256,)
+        ),
+        Sweep(
+            works=("center", "distances"), batch_sizes=(256,), num_center=10_000, num_rows=100_000
+        ),
         Sweep(works=("u_pgd",), dtypes=("bfloat16",), batch_sizes=(32, 1024), num_steps=10),
         Sweep(
             works=_CERTIFICATES,
@@ -209,12 +218,11 @@ def run(
             context["left_out"].append(f"{label}: no time left")
             continue
         try:
-            workloads = [work.WORKS[name].make(size)]
-        except jax.errors.JaxRuntimeError as error:  # out of memory: the other cases go on
+            workloads = [work.WORKS[name].make(size), *others(name, size)]
+            times = time_by_turns(workloads, repeats)
+        except RuntimeError as error:  # both libraries' "out of memory": the other cases go on
             context["left_out"].append(f"{label}: {str(error).splitlines()[0]}")
             continue
-        workloads += others(name, size)
-        times = time_by_turns(workloads, repeats)
         results += _results(name, size, workloads, times, peaks)
         context["seconds"] = time.monotonic() - started
         context["peak_host_memory_bytes"] = _peak_host_memory()
@@ -234,9 +242,7 @@ def _results(
     results = []
     for workload, timed in zip(workloads, times, strict=True):
         rates = kind.per * workload.items / timed.wall
-        seconds = float(np.median(timed.wall))
-        share = lambda amount, peak: None if amount is None else amount / seconds / peak
-        bytes_moved = workload.bytes_moved
+        seconds, bytes_moved = float(np.median(timed.wall)), workload.bytes_moved
         results.append(
             Result(
                 work=name,
@@ -252,14 +258,19 @@ def _results(
                 compile_seconds=workload.compile_seconds,
                 warmup_seconds=timed.warmup,
                 memory_bytes=workload.memory,
-                flops_share=share(workload.flops, peaks.flops[size.dtype]),
-                bandwidth_share=share(bytes_moved, peaks.bandwidth),
+                flops_share=_share(workload.flops, seconds, peaks.flops[size.dtype]),
+                bandwidth_share=_share(bytes_moved, seconds, peaks.bandwidth),
                 bytes_per_item=None if bytes_moved is None else bytes_moved / workload.items,
                 ratio=float(np.median(ours / (workload.items / timed.wall))),
                 note=workload.note,
             )
         )
     return results
+
+
+def _share(amount: float | None, seconds: float, peak: float) -> float | None:
+    """Share of the peak rate; None if the amount is not known."""
+    return None if amount is None else amount / seconds / peak
 
 
 def _context(peaks: Peaks) -> dict[str, Any]:
@@ -279,6 +290,7 @@ def _context(peaks: Peaks) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    """Its version; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -290,19 +302,25 @@ def _peak_host_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def markdown(results: Sequence[Result]) -> str:
-    """Returns the results as a Markdown table."""
-    head = ("work", "encoder", "dtype", "batch", "implementation", "rate", "unit", "ratio")
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    lines += [f"| {' | '.join(row(result)[: len(head)])} |" for result in results]
-    return "\n".join(lines)
+COLUMNS = (
+    *("work", "encoder", "dtype", "batch", "implementation", "rate (smallest to largest)", "unit"),
+    *(
+        "ours over it",
+        "per CPU-s",
+        "compile s",
+        "MiB",
+        "of peak flops",
+        "of peak bandwidth",
+        "note",
+    ),
+)
+"""Of the table, as `cells` gives them."""
 
 
-def row(result: Result) -> list[str]:
-    """Returns a result as the cells of a table; the columns are `markdown`'s and some more."""
+def cells(result: Result) -> tuple[str, ...]:
+    """Returns a result as the cells of a table."""
     share = lambda value: "" if value is None else f"{100 * value:.0f} %"
-    memory = result.memory_bytes
-    return [
+    return (
         result.work,
         result.encoder,
         result.dtype,
@@ -311,9 +329,16 @@ def row(result: Result) -> list[str]:
         f"{result.rate:.4g} ({result.low:.4g} to {result.high:.4g})",
         result.unit,
         f"{result.ratio:.2f}",
+        f"{result.per_processor_second:.3g}",
         f"{result.compile_seconds:.1f}",
-        "" if memory is None else f"{memory / 2**20:.0f}",
+        "" if result.memory_bytes is None else f"{result.memory_bytes / 2**20:.0f}",
         share(result.flops_share),
         share(result.bandwidth_share),
         result.note,
-    ]
+    )
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """Returns the results as a Markdown table."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, results)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

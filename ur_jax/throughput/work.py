@@ -96,8 +96,8 @@ def u_pgd(size: Size) -> Workload:
     workload = _compiled(attacks._u_pgd, dynamic, dict(config=rest), items=items)
     # A loop's body counts once in the compiler's analysis, beside the two passes outside it.
     beside = _compiled(_encode, inputs, items=size.batch_size)
-    of_run = lambda total, one: None if None in (total, one) else (
-        size.num_steps * (total - 2 * one) + 2 * one
+    of_run = lambda total, one: (
+        None if None in (total, one) else (size.num_steps * (total - 2 * one) + 2 * one)
     )
     return workload._replace(
         flops=of_run(workload.flops, beside.flops),
@@ -122,9 +122,7 @@ def noisy_samples(size: Size) -> Workload:
     static["batch_size"] = len(images) // mesh.size
     workload = _compiled(sampling.sample_outputs, dynamic, static, items=n)
     times = lambda value: None if value is None else value * num_batches  # a loop's body, as above
-    return workload._replace(
-        flops=times(workload.flops), bytes_moved=times(workload.bytes_moved)
-    )
+    return workload._replace(flops=times(workload.flops), bytes_moved=times(workload.bytes_moved))
 
 
 def center(size: Size) -> Workload:
@@ -226,6 +224,7 @@ WORKS: Mapping[str, Work] = {
 
 @jax.jit
 def _encode(encoder: Encoder, images: Array) -> Array:
+    """The encoder, compiled."""
     return encoder(images)
 
 
@@ -236,6 +235,7 @@ def _encode_samples(encoder, images):
 
 @functools.partial(jax.jit, static_argnames=("divergence", "mesh"))
 def _medians(representations: Array, divergence: str, mesh: Mesh) -> Array:
+    """Median distances, compiled."""
     return enclosing.median_distances(representations, divergence=divergence, mesh=mesh)
 
 
