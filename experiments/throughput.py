@@ -20,7 +20,8 @@ from ur_jax import records, report, throughput
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to measure. The tuples replace those of every sweep of the preset."""
+    """What to measure. A tuple or number that is given replaces that of the preset's first sweep,
+    which is then the only one."""
 
     out: Path = Path("runs/throughput")
     """Folder of the results."""
@@ -66,11 +67,11 @@ def main(config: Config) -> None:
 
 
 def sweeps(config: Config) -> list[throughput.Sweep]:
-    """The preset's sweeps with the flags that were given; each combination once."""
+    """The preset's sweeps, or its first one changed by the flags that were given."""
+    preset = throughput.PRESETS[config.preset]
     names = ("works", "encoders", "dtypes", "batch_sizes", "repeats")
     given = {name: value for name in names if (value := getattr(config, name))}
-    changed = [dataclasses.replace(sweep, **given) for sweep in throughput.PRESETS[config.preset]]
-    return list(dict.fromkeys(changed))
+    return [dataclasses.replace(preset[0], **given)] if given else list(preset)
 
 
 def show(config: Config, results: list[throughput.Result], context: dict) -> None:
