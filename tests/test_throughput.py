@@ -82,9 +82,7 @@ def test_rates_ratios_and_shares_follow_from_the_times(monkeypatch):
 
 def test_the_script_writes_a_table_that_can_be_shown_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "device_peaks", lambda dtypes: timing.Peaks({"float32": 1e9}, 1e9))
-    config = script.Config(
-        out=tmp_path / "run", preset="toy", works=("center",), encoders=("demo",)
-    )
+    config = script.Config(out=tmp_path / "run", preset="toy", works=("center",), batch_sizes=(8,))
     script.main(config)
     written = json.loads((tmp_path / "run" / "throughput.json").read_text())
     assert [r["work"] for r in written["results"]] == ["center"]
