@@ -45,11 +45,22 @@ def run(
     hosts.join()  # before any other use of JAX
     # One CPU device per core: XLA's convolution gradients otherwise keep to one core.
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    keep_compilations()
     try:
         return main(parse(config, presets, sys.argv[1:]))
     except (ValueError, FileNotFoundError, ImportError) as error:
         console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         sys.exit(2)
+
+
+def keep_compilations() -> None:
+    """Keeps compiled programs from one run to the next, in a folder of the user's cache.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "ur_jax"))
 
 
 def parse(config: type[Config], presets: Mapping[str, Any] | None, args: list[str]) -> Config:

@@ -23,8 +23,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 SCHEMA = 2
 """Version of the layout of `summary.json` (see `results`) and of the tables."""
@@ -64,6 +62,9 @@ def read_json(path: Path) -> Any:
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
     """Writes columns of equal length as Parquet, atomically."""
+    import pyarrow as pa  # here and below: JSON is written where Parquet is not installed
+    import pyarrow.parquet as pq
+
     with atomic_path(path) as temporary:
         pq.write_table(
             pa.table({name: pa.array(values) for name, values in columns.items()}), temporary
@@ -72,6 +73,8 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -
 
 def read_table(path: Path) -> dict[str, np.ndarray]:
     """Reads the columns that `write_table` wrote."""
+    import pyarrow.parquet as pq
+
     table = pq.read_table(path)
     return {name: table[name].to_numpy() for name in table.column_names}
 

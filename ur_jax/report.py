@@ -19,6 +19,7 @@ from ur_jax.impersonation import Success
 from ur_jax.intervals import Estimate
 from ur_jax.metrics import METRICS
 from ur_jax.records import atomic_path
+from ur_jax.throughput import suite as throughput
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend)
@@ -335,3 +336,45 @@ def _save(figure, path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
+
+
+def throughput_table(title: str, results: Sequence[throughput.Result]) -> Table:
+    """Rows of what was measured, by whom, at which rate, and ours over it.
+
+    Args:
+      title: above the table.
+      results: of `ur_jax.throughput.run`.
+    """
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("work", "with", "by"):
+        table.add_column(column)
+    for column in ("rate", "ours over it", "of peak flops", "of peak copy"):
+        table.add_column(column, justify="right")
+    for result in results:
+        cells = throughput.cells(result)
+        size = f"{result.encoder} {result.dtype} {result.batch_size}"
+        rate = f"{result.rate:.4g} {result.unit}"
+        table.add_row(result.work, size, result.implementation, rate, cells[7], *cells[11:13])
+    return table
+
+
+def plot_throughput(path: Path, results: Sequence[throughput.Result]) -> None:
+    """Bars of every rate with its spread, on a logarithmic scale; writes a PNG.
+
+    Args:
+      path: the file.
+      results: of `ur_jax.throughput.run`.
+    """
+    labels = [
+        f"{r.work}, {r.encoder}, {r.dtype}, batch {r.batch_size}\n{r.implementation}, {r.unit}"
+        for r in results
+    ]
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.5 * len(results)), layout="constrained")
+    places, rates = np.arange(len(results)), np.array([r.rate for r in results])
+    spread = np.abs([[r.low for r in results], [r.high for r in results]] - rates)
+    colors = ["#1d4ed8" if r.implementation == "ur_jax" else "#9ca3af" for r in results]
+    bars = axes.barh(places, rates, xerr=spread, color=colors)
+    axes.bar_label(bars, [f" {rate:.3g}" for rate in rates])
+    axes.set(xscale="log", yticks=places, yticklabels=labels, xlabel="rate, in each bar's unit")
+    axes.invert_yaxis()
+    _save(figure, path)
