@@ -117,7 +117,7 @@ def compute(config: Config) -> tuple[certification.Job, dict[str, Any]]:
         described["num_distribution"] = config.num_distribution
     else:
         probe_hash = None if probe is None else checkpoints.tree_hash(probe)
-        described |= {"probe_sha256": probe_hash}
+        described |= {"probe": config.probe, "probe_sha256": probe_hash}
     run = records.open_run(config.out, described)
     bank = None
     if is_center and config.clean is not None:

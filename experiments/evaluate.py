@@ -81,9 +81,10 @@ def compute(config: Config):
         "weights_sha256": ur_jax.weights_hash(encoder),
         "images": config.images,
         "listing_hash": source.listing_hash,
-        "stages": config.stages,
         "protocol": config.protocol.of_stages(config.stages),
     }
+    if config.stages != STAGES:
+        described["stages"] = config.stages
     run, bank = records.open_run(config.out, described), None
     if config.clean is not None:
         num_images = config.protocol.num_clean or len(source)

@@ -91,6 +91,7 @@ def main(config: Config) -> None:
         "representation": encoder.representation,
         "dtype": encoder.dtype,
         "weights_sha256": ur_jax.weights_hash(encoder),
+        "probe": config.probe,
         "probe_sha256": checkpoints.tree_hash(trained),
         "probe_representation": read.representation,
         "images": config.images,

@@ -255,7 +255,7 @@ def origin(workdir: Path, found: results.Results) -> Iterator[str]:
         rows.append(
             {
                 "stage": f"{encoder}/{stage}",
-                "config": records.fingerprint(summary["config"]),
+                "config": results.fingerprint(summary),
                 "seconds": record.get("seconds"),
                 "sessions": record.get("sessions"),
                 "hosts": record.get("hosts"),

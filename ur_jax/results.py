@@ -128,6 +128,11 @@ def collect(workdir: Path) -> Results:
     return Results(table, summaries, damaged)
 
 
+def fingerprint(summary: Mapping[str, Any]) -> str:
+    """Hash of the configuration of a summary, but for where its probe lies."""
+    return records.fingerprint({k: v for k, v in summary["config"].items() if k != "probe"})
+
+
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes rows of `COLUMNS` as CSV, atomically; an unset entry or a number not finite is empty.
 
@@ -184,7 +189,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Correla
 
 def _table_rows(encoder: str, stage: str, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of `COLUMNS` of one summary."""
-    config = records.fingerprint(summary["config"])
+    config = fingerprint(summary)
     weights = str(summary["config"].get("weights_sha256", ""))[:16]
     place = {"schema": summary["schema"], "encoder": encoder, "stage": stage}
     found = []
