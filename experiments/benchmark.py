@@ -174,7 +174,7 @@ PRESETS = {
         certificates=CertificateSettings(
             num_images=100,
             num_center_images=16,
-            center=CenterConfig(n0=1200, n=1000),
+            center=CenterConfig(bound="union", n0=1200, n=10_000),
             randomized=RandomizedConfig(n=1000),
         ),
         impersonation=ImpersonationConfig(num_images=64),

@@ -478,7 +478,7 @@ def run_stage(
 
 
 def part_indices(indices: np.ndarray, numbers: Sequence[int], batch_size: int) -> np.ndarray:
-    """The indices of some parts of `batch_size` each, of which only the very last may be smaller."""
+    """The indices of some parts of `batch_size` each; only the very last may be smaller."""
     return np.concatenate([indices[n * batch_size : (n + 1) * batch_size] for n in numbers])
 
 

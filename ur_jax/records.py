@@ -49,7 +49,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically; dataclasses, paths and NumPy values become plain, NaN and inf null."""
+    """Writes JSON atomically; dataclasses, paths and NumPy become plain, NaN and inf null."""
     value = _finite(json.loads(json.dumps(value, default=_plain)))
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")

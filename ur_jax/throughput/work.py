@@ -191,11 +191,11 @@ def training(size: Size) -> Workload:
     state = replicate(mesh, library.init_state(method, variables, optimizer, jax.random.key(0)))
     images = shard(mesh, random_images(size))
     views, key = library.Views(images, images), jax.random.key(1)
-    step = jax.jit(library.train_step, static_argnums=(0, 1), donate_argnums=2)
+    step = jax.jit(library.train_step, static_argnums=(0, 1, 2), donate_argnums=3)
     holder = [state]
 
     def run():
-        holder[0], _ = step(method, optimizer, holder[0], views, key)
+        holder[0], *_ = step(method, optimizer, None, holder[0], views, key)
         return holder[0].step
 
     return _called(run, items=size.batch_size)
