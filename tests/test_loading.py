@@ -16,6 +16,7 @@ from flax import traverse_util
 from test_weights import TINY, save_torch, tensors
 
 from ur_jax import checkpoints, loading, sharding, weights
+from ur_jax.attacks import AttackConfig, u_pgd
 from ur_jax.encoders.published import ENCODERS
 
 
@@ -243,3 +244,19 @@ def test_training_goes_on_from_a_converted_file(tmp_path, tiny):
     np.testing.assert_array_equal(momentum, 2 * loaded.variables["params"]["head"]["fc"]["kernel"])
     both = (loading.load_encoder(path, "tiny") for path in (tmp_path / "out", file))
     np.testing.assert_array_equal(*(encoder(IMAGES) for encoder in both))
+
+
+def test_the_robust_demo_encoder_moves_less():
+    """Both encoders that ship load, and the fine-tuned one moves less under U-PGD, relatively."""
+    images = jnp.asarray(reference_rules.images(32, 32, range(8)))
+    config = AttackConfig(eps=0.05, step_size=0.01, num_steps=5)
+
+    def moved(name):
+        encoder = loading.load_encoder(name)
+        assert encoder.name == name
+        clean = np.asarray(encoder(images))
+        result = u_pgd(encoder, images, jax.random.key(0), config=config)
+        between = np.median(np.linalg.norm(clean[:4] - clean[4:], axis=1))
+        return np.median(np.linalg.norm(result.representations - clean, axis=1)) / between
+
+    assert moved("demo-robust") < 0.75 * moved("demo")
