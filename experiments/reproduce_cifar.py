@@ -104,7 +104,8 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Estimate]
             continue
         if stage != "impersonation" and (row["step"] or 0) < last[stage, metric, row["eps"]]:
             continue
-        if row["images"] and (row["images"] == "clean" or "->" in row["images"]):
+        # A probe on its own kind of images; impersonation in both directions together.
+        if row["images"] not in (None, "both", stage.removeprefix("probe-")):
             continue
         settings = {name: row[name] for name in ("eps", "step", "radius") if row[name] is not None}
         shown = ", ".join(f"{name} {value:g}" for name, value in settings.items())
