@@ -17,6 +17,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -78,16 +79,13 @@ def parse(config: type[Config], presets: Mapping[str, Any] | None, args: list[st
 @contextlib.contextmanager
 def counter(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """Gives update(completed, text) of a progress bar; a line a minute where nobody watches."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
     shown = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(
+        *_columns(),
+        TextColumn("{task.fields[text]}"),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
         task = bar.add_task(description, total=total, text="")
 
         def update(completed: int, text: str) -> None:
@@ -102,14 +100,18 @@ def counter(description: str, total: int) -> Iterator[Callable[[int, str], None]
 
 def progress(iterable: Iterable[Any], description: str, total: int) -> Iterator[Any]:
     """Passes items on under a progress bar with the time left; quiet where nobody watches."""
-    columns = (
+    with Progress(*_columns(), console=console, disable=not console.is_terminal) as bar:
+        yield from bar.track(iterable, description=description, total=total)
+    if not console.is_terminal:
+        console.print(f"{description}: {total} batches done", highlight=False)
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    """Of a progress bar."""
+    return (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield from bar.track(iterable, description=description, total=total)
-    if not console.is_terminal:
-        console.print(f"{description}: {total} batches done", highlight=False)
