@@ -172,7 +172,11 @@ def test_the_matrix_and_what_each_setting_changes(config):
         "distances", "attacks-0.05", "attacks-0.1", "overlap", "breakaway",
     }  # fmt: skip
     # A probe is a setting of what it is used for.
-    assert changed(probe=replace(config.probe, num_draws=2)) == {
+    assert changed(probe=replace(config.probe, num_draws=3)) == {
+        "probe-noisy",
+        "certified-accuracy",
+    }
+    assert changed(probe=replace(config.probe, num_images=9)) == {
         "probe-standard", "probe-noisy", "probe-low_pass", "certified-accuracy", "impersonation",
     }  # fmt: skip
 

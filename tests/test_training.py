@@ -540,7 +540,9 @@ def test_devices_and_parts_change_nothing(tiny, name):
         2, functools.partial(sharding.replicate, mesh), functools.partial(sharding.shard, mesh)
     )
     for a, b in zip(one, eight, strict=True):
-        _close(b, a, 1e-4)
+        # A gradient that is 0 but for rounding, of a bias before a BatchNorm, is not compared to
+        # itself but to entries of 0.01.
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() <= 1e-4 * max(np.abs(a).max(), 0.01)
 
 
 def test_fare_makes_a_module_of_ones_own_robust(tiny):

@@ -64,7 +64,10 @@ def noisy_samples(
         own = jax.random.fold_in(jax.random.fold_in(key, index), sample)
         return jax.random.normal(own, images.shape[1:], images.dtype)
 
-    noisy = images + sigma * jax.vmap(draw)(indices, samples)
+    # The clip changes no number: it stands between product and sum, so that no compiler makes one
+    # rounding of the two in one program and two in another. A barrier did not prevent it on CPUs.
+    noise = jnp.clip(sigma * jax.vmap(draw)(indices, samples), -1e30, 1e30)
+    noisy = images + noise
     return jnp.clip(noisy, 0.0, 1.0) if clip else noisy
 
 
