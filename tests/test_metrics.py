@@ -13,6 +13,7 @@ import pytest
 
 from ur_jax import distances as dist
 from ur_jax import metrics
+from ur_jax.metrics import neighbours
 from ur_jax.sharding import data_mesh
 
 DIMENSION = 24
@@ -313,7 +314,7 @@ def test_blocks_in_any_order_and_what_the_compiled_program_leaves_out():
     np.testing.assert_array_equal(result.rank, expected)
     np.testing.assert_array_equal(result.compared, np.full(30, 202))
     block = (bank[:BLOCK], np.arange(BLOCK, dtype=np.int32), np.ones(BLOCK, bool))
-    compiled = metrics._count_block.lower(
+    compiled = neighbours._count_block.lower(
         state.counts, state.queries, *block, divergence="l2", mesh=mesh
     ).compile()
     for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "callback"):
@@ -322,7 +323,7 @@ def test_blocks_in_any_order_and_what_the_compiled_program_leaves_out():
 
 def test_one_compilation_over_an_uneven_last_block():
     adversarial, clean, bank, own_index = scenario(203, 11)
-    jitted = metrics._count_block, metrics._nearest_in_block
+    jitted = neighbours._count_block, neighbours._nearest_in_block
     before = [fn._cache_size() for fn in jitted]
     metrics.neighbour_ranks(adversarial, clean, bank, own_index=own_index, block_size=48)
     metrics.nearest_neighbours(adversarial, bank, k=3, block_size=48)
@@ -334,11 +335,11 @@ def test_memory_is_one_block_and_queries_by_rows():
     queries, rows, dimension = 1000, 4096, 2048
     spec = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     f32, i32 = jnp.float32, jnp.int32
-    counts = metrics._Counts(spec(i32, 1, queries), spec(i32, 1, queries), spec(i32, 1))
+    counts = neighbours._Counts(spec(i32, 1, queries), spec(i32, 1, queries), spec(i32, 1))
     attacked = spec(f32, queries, dimension)
-    compiled = metrics._count_block.lower(
+    compiled = neighbours._count_block.lower(
         counts,
-        metrics._Queries(attacked, attacked, spec(i32, queries)),
+        neighbours._Queries(attacked, attacked, spec(i32, queries)),
         spec(f32, rows, dimension),
         spec(i32, rows),
         spec(jnp.bool_, rows),

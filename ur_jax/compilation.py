@@ -22,12 +22,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich import box
 from rich.table import Table
 
-from ur_jax import loading, metrics, sharding
+from ur_jax import loading, sharding
 from ur_jax.attacks import u_pgd
 from ur_jax.certify import CenterConfig
 from ur_jax.certify.sampling import sample_outputs
 from ur_jax.encoders.base import Encoder
 from ur_jax.evaluation import EvaluationConfig
+from ur_jax.metrics import neighbours
 from ur_jax.types import Array, PyTree
 
 _COLLECTIVES = (
@@ -284,14 +285,16 @@ def _count_block(mesh: Mesh, queries: tuple[Array, Array], block: Array) -> PyTr
     """One block of the bank on a fresh count of neighbours."""
     attacked, clean = queries
     number = attacked.shape[0]
-    counts = metrics._Counts(
+    counts = neighbours._Counts(
         *(jnp.zeros((mesh.size, number), jnp.int32) for _ in range(2)),
         jnp.zeros(mesh.size, jnp.int32),
     )
-    queries = metrics._Queries(attacked, clean, jnp.arange(number, dtype=jnp.int32))
+    queries = neighbours._Queries(attacked, clean, jnp.arange(number, dtype=jnp.int32))
     indices = jnp.arange(block.shape[0], dtype=jnp.int32)
     mask = jnp.ones(block.shape[0], bool)
-    return metrics._count_block(counts, queries, block, indices, mask, divergence="l2", mesh=mesh)
+    return neighbours._count_block(
+        counts, queries, block, indices, mask, divergence="l2", mesh=mesh
+    )
 
 
 def _placed(tree: PyTree, where: NamedSharding) -> PyTree:

@@ -1,10 +1,4 @@
-"""Label-free measures of robustness, each a function of representations or of their distances.
-
-They return one value per image (or pair). `summarise` turns those into the reported number with
-its interval, and `METRICS` says which number that is and which way robustness points. Breakaway
-risk and nearest-neighbour accuracy come from the same count, `neighbour_ranks`, which passes a
-bank of any size through the devices block by block.
-"""
+"""Who is nearest in a bank of any size, which passes through the devices block by block."""
 
 from __future__ import annotations
 
@@ -20,264 +14,13 @@ from jax.sharding import Mesh, PartitionSpec
 from numpy.typing import ArrayLike
 
 from ur_jax import distances as dist
-from ur_jax.errors import unknown_name
-from ur_jax.intervals import Estimate, mean_interval, median_interval, proportion_interval
+from ur_jax.intervals import Estimate, proportion_interval
+from ur_jax.metrics.checks import count_not_finite, finite_matrix, refuse_not_finite
 from ur_jax.sharding import DATA_AXIS, pad_batch, replicate, shard
-from ur_jax.types import Array, Key
+from ur_jax.types import Array
 
-# Levels at which the reference stores the distribution.
-_LEVELS = np.concatenate([np.logspace(-9, -3, 100, endpoint=False), np.arange(1, 1000) / 1000])
 _SPARE_NEIGHBOURS = 8
 _SAME_DIRECTION = 2.0**-20  # in every coordinate of unit vectors
-
-
-class Metric(NamedTuple):
-    """How per-image values become a reported number, and which direction is robust."""
-
-    statistic: str  # "median", "mean" or "proportion"
-    robust: str  # "low" or "high"
-    meaning: str
-
-
-METRICS: dict[str, Metric] = {
-    "universal_quantile": Metric("median", "low", "F(distance), untargeted attack"),
-    "universal_quantile_targeted": Metric("median", "high", "F(distance to target)"),
-    "relative_quantile": Metric("median", "high", "distance to target, now / at the start"),
-    "normalised_distance": Metric("median", "low", "distance / median F, untargeted attack"),
-    "cosine_similarity": Metric("median", "high", "cosine of clean and attacked, untargeted"),
-    "breakaway_risk": Metric("mean", "low", "share of images nearer than the own clean one"),
-    "top_1_accuracy": Metric("proportion", "high", "own clean image is the nearest"),
-    "top_5_accuracy": Metric("proportion", "high", "own clean image is among the 5 nearest"),
-    "adversarial_margin": Metric("median", "high", "margin ratio of a pair attacked both ways"),
-    "overlap_risk": Metric("proportion", "low", "margin ratio < 0"),
-}
-
-
-def summarise(name: str, values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """The reported number of one metric, with n and its confidence interval.
-
-    Args:
-      name: a key of `METRICS`; its `statistic` selects the interval (`ur_jax.intervals`).
-      values: what the metric's function returned, one per independent image or pair [n].
-      confidence: coverage of the interval, in (0, 1).
-
-    Returns:
-      value, low, high, n.
-
-    Raises:
-      ValueError: for an unknown metric, no values, NaN or infinite values, or values other than
-        0 and 1 for a proportion.
-    """
-    if name not in METRICS:
-        raise unknown_name("metric", name, METRICS)
-    if METRICS[name].statistic == "median":
-        return median_interval(values, confidence=confidence)
-    if METRICS[name].statistic == "mean":
-        return mean_interval(values, confidence=confidence)
-    values = np.asarray(values, np.float64).ravel()
-    bad = int(np.count_nonzero((values != 0.0) & (values != 1.0)))
-    if bad:
-        raise ValueError(f"Expected {name} of 0 or 1 per image, got {bad} others of {values.size}.")
-    return proportion_interval(int(values.sum()), values.size, confidence=confidence)
-
-
-# Distances against the distribution of clean distances.
-
-
-@flax.struct.dataclass
-class DistanceDistribution:
-    """Empirical distribution F of the distances between pairs of clean images.
-
-    Attributes:
-      distances: all of them, ascending [P], float32.
-      divergence: the one they were measured by (static).
-    """
-
-    distances: Array
-    divergence: str = flax.struct.field(pytree_node=False)
-
-    @property
-    def median(self) -> Array:
-        """Median distance, a scalar."""
-        n = self.distances.shape[0]
-        return 0.5 * (self.distances[(n - 1) // 2] + self.distances[n // 2])
-
-
-@functools.partial(jax.jit, static_argnames="divergence")
-def pairwise_within(representations: Array, mask: Array, *, divergence: str = "l2") -> Array:
-    """Distances among the images of one batch, each pair once.
-
-    Args:
-      representations: [B, D], float32; a batch of 256 in the paper's protocol.
-      mask: [B] bool, False on padding.
-      divergence: one of `distances.DIVERGENCES`.
-
-    Returns:
-      [B (B - 1) / 2] float32 in the order (0, 1), (0, 2), ..., (1, 2), ...; inf where the mask
-      excludes an image of the pair.
-    """
-    first, second = np.triu_indices(representations.shape[0], 1)
-    pairs = dist.pairwise_distances(representations, divergence=divergence)[first, second]
-    return jnp.where(mask[first] & mask[second], pairs, jnp.inf)
-
-
-def distance_distribution(
-    representations: Array, key: Key, *, divergence: str = "l2", batch_size: int = 256
-) -> DistanceDistribution:
-    """Distribution of the distances of all pairs within shuffled batches of clean images.
-
-    Args:
-      representations: [N, D], float32, N >= 2. The paper: N = 100,000, so 12.76 million pairs.
-      key: shuffles the images; the only randomness.
-      divergence: one of `distances.DIVERGENCES`.
-      batch_size: images whose pairs are all taken, >= 2; the last batch may be smaller.
-
-    Returns:
-      The distribution. Working memory: three times the pairs, beside the representations.
-
-    Raises:
-      ValueError: for a bad shape or dtype, NaN or infinite rows, or a batch_size below 2.
-
-    Reference: Petrov & Kwiatkowska (2022), section 4.
-    """
-    representations = _finite_matrix("representations", representations)
-    dist.check_divergence(divergence)
-    if representations.shape[0] < 2 or batch_size < 2:
-        raise ValueError(
-            f"Expected at least 2 images and batch_size >= 2 to form pairs, got "
-            f"{representations.shape[0]} images and batch_size {batch_size}."
-        )
-    distances = _distances_within_batches(
-        representations, key, divergence=divergence, batch_size=batch_size
-    )
-    return DistanceDistribution(distances, divergence)
-
-
-@functools.partial(jax.jit, static_argnames=("divergence", "batch_size"))
-def _distances_within_batches(
-    representations: Array, key: Key, *, divergence: str, batch_size: int
-) -> Array:
-    """Sorted distances of `distance_distribution`."""
-    n = representations.shape[0]
-    size = min(batch_size, n)
-    num_batches = -(-n // size)
-    last = n - (num_batches - 1) * size
-    num_pairs = (num_batches - 1) * size * (size - 1) // 2 + last * (last - 1) // 2
-    order = jnp.resize(jax.random.permutation(key, n), (num_batches, size))
-    mask = jnp.arange(num_batches * size).reshape(num_batches, size) < n
-
-    def one_batch(batch):
-        index, mask = batch
-        return pairwise_within(representations[index], mask, divergence=divergence)
-
-    return jnp.sort(jax.lax.map(one_batch, (order, mask)).ravel())[:num_pairs]
-
-
-@functools.partial(jax.jit, static_argnames="nearest_level")
-def universal_quantile(
-    distribution: DistanceDistribution, distances: Array, *, nearest_level: bool = False
-) -> Array:
-    """F(d): the share of clean pairs at most this far apart.
-
-    Args:
-      distribution: F, by the same divergence as `distances`.
-      distances: any shape, >= 0: to the own clean image (robust is low), or for a targeted
-        attack to the target (robust is high); or a certified radius eps_out.
-      nearest_level: False for the exact empirical F. True for the reference's look-up, which
-        keeps F at the levels 0.001 ... 0.999 and 100 log-spaced ones in [1e-9, 1e-3) and
-        returns the level whose distance is nearest.
-
-    Returns:
-      Shares in [0, 1], of the shape of `distances`, float32; NaN where the distance is NaN.
-
-    Reference: Petrov & Kwiatkowska (2022), section 4; the look-up, the authors' code.
-    """
-    distances = jnp.asarray(distances, jnp.float32)
-    n = distribution.distances.shape[0]
-    if nearest_level:
-        # n is static, so the positions are exact; in float32 they would be off at n = 12.76 M.
-        position = _LEVELS * (n - 1)
-        below, above = np.floor(position).astype(int), np.ceil(position).astype(int)
-        low, high = distribution.distances[below], distribution.distances[above]
-        stored = low + jnp.asarray(position - below, jnp.float32) * (high - low)
-        nearest = jnp.argmin(jnp.abs(distances[..., None] - stored), axis=-1)
-        share = jnp.asarray(_LEVELS, jnp.float32)[nearest]
-    else:
-        count = jnp.searchsorted(distribution.distances, distances, side="right")
-        share = count.astype(jnp.float32) / n
-    return jnp.where(jnp.isnan(distances), jnp.nan, share)
-
-
-@jax.jit
-def relative_quantile(distances: Array, initial_distances: Array) -> Array:
-    """Distance to the target at some step of a targeted attack, relative to that at step 0.
-
-    The paper calls this ratio a relative quantile; it is a ratio of distances.
-
-    Args:
-      distances: d(f(x_adv), f(x_target)) at the step of interest, any shape.
-      initial_distances: the same after the random start.
-
-    Returns:
-      The ratio per image, >= 0; NaN or inf where the initial distance is 0. Robust is high.
-    """
-    return distances / initial_distances
-
-
-@jax.jit
-def normalised_distance(distribution: DistanceDistribution, distances: Array) -> Array:
-    """Distance in units of the median distance between clean images, d / median F.
-
-    Args:
-      distribution: F, by the same divergence as `distances`.
-      distances: any shape, >= 0.
-
-    Returns:
-      The ratio per image. F is taken as given: intervals over images do not include the error of
-      its median.
-    """
-    return distances / distribution.median
-
-
-@functools.partial(jax.jit, static_argnames="divergence")
-def adversarial_margin(
-    f_x: Array, f_y: Array, f_x_to_y: Array, f_y_to_x: Array, *, divergence: str = "l2"
-) -> Array:
-    """Margin ratio of pairs of images, each attacked towards the other.
-
-        (d(f(x), f(y -> x)) - d(f(x), f(x -> y))) / d(f(x), f(y))
-
-    Args:
-      f_x: representations [B, D] of the images x, float32.
-      f_y: of their partners y.
-      f_x_to_y: of x attacked towards f(y).
-      f_y_to_x: of y attacked towards f(x).
-      divergence: one of `distances.DIVERGENCES`.
-
-    Returns:
-      Margin ratios [B]; below 0, the attacked y is nearer to f(x) than the attacked x is. NaN or
-      inf where f(x) = f(y). Robust is high.
-
-    Reference: Petrov & Kwiatkowska (2022), section 4.
-    """
-    d = functools.partial(dist.distance, f_x, divergence=divergence)
-    return (d(f_y_to_x) - d(f_x_to_y)) / d(f_y)
-
-
-@jax.jit
-def overlap_risk(margins: Array) -> Array:
-    """1.0 for a pair whose margin ratio is below 0, else 0.0; the mean is the overlap risk.
-
-    Args:
-      margins: what `adversarial_margin` returned, any shape.
-
-    Returns:
-      float32 of the same shape; NaN where the margin is NaN.
-    """
-    return jnp.where(jnp.isnan(margins), margins, (margins < 0).astype(jnp.float32))
-
-
-# Breakaway risk and nearest-neighbour accuracy: one count over a streamed bank.
 
 
 class Ranks(NamedTuple):
@@ -375,8 +118,8 @@ def init_ranks(
 ) -> RankState:
     """Starts a count of `neighbour_ranks` (arguments there) whose blocks the caller supplies."""
     dist.check_divergence(divergence)
-    adversarial = _finite_matrix("adversarial", adversarial)
-    clean = _finite_matrix("clean", clean)
+    adversarial = finite_matrix("adversarial", adversarial)
+    clean = finite_matrix("clean", clean)
     own_index = np.asarray(own_index)
     if adversarial.shape != clean.shape or own_index.shape != adversarial.shape[:1]:
         raise ValueError(
@@ -422,7 +165,7 @@ def update_ranks(state: RankState, block: Array, indices: Array, mask: Array) ->
 
 def finish_ranks(state: RankState) -> Ranks:
     """Adds up the devices' counts; ValueError if the bank had rows with NaN or inf."""
-    _refuse_not_finite("bank", int(jnp.sum(state.counts.not_finite)))
+    refuse_not_finite("bank", int(jnp.sum(state.counts.not_finite)))
     return Ranks(jnp.sum(state.counts.nearer, axis=0), jnp.sum(state.counts.compared, axis=0))
 
 
@@ -448,7 +191,7 @@ def _count_block(counts, queries, block, indices, mask, *, divergence, mesh):
         total = counts.nearer[0] + jnp.sum(nearer, axis=1)
         total = dist.for_flagged_columns(undecided, compare_column, total)
         compared = counts.compared[0] + jnp.sum(candidates, axis=1)
-        not_finite = counts.not_finite + _count_not_finite(block, mask)
+        not_finite = counts.not_finite + count_not_finite(block, mask)
         return _Counts(total[None], compared[None], not_finite)
 
     return _on_mesh(count, mesh)(counts, queries, block, indices, mask)
@@ -564,7 +307,7 @@ def nearest_neighbours(
     """
     dist.check_divergence(divergence)
     dist.check_representations(bank=bank)
-    queries = _finite_matrix("queries", queries)
+    queries = finite_matrix("queries", queries)
     _check_same_dimension(queries, bank)
     if not 1 <= k <= bank.shape[0]:
         raise ValueError(f"Expected k in [1, {bank.shape[0]}], the rows of the bank, got {k}.")
@@ -579,7 +322,7 @@ def nearest_neighbours(
         return _nearest_in_block(state, queries, *block, divergence=divergence, mesh=mesh)
 
     best, not_finite = _stream(update, state, bank, block_size, mesh)
-    _refuse_not_finite("bank", int(jnp.sum(not_finite)))
+    refuse_not_finite("bank", int(jnp.sum(not_finite)))
     indices, distances = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1) for x in best)
     distances, indices = jax.lax.sort((distances, indices), num_keys=2)
     return Neighbours(indices[:, :k], distances[:, :k])
@@ -605,7 +348,7 @@ def _nearest_in_block(state, queries, block, indices, mask, *, divergence, mesh)
         # top_k keeps the first of equals; the earlier place here has the smaller index.
         negative, place = jax.lax.top_k(-jnp.concatenate(all_distances, axis=1), k)
         kept = jnp.take_along_axis(jnp.concatenate(all_indices, axis=1), place, axis=1)
-        return Neighbours(kept[None], -negative[None]), not_finite + _count_not_finite(block, mask)
+        return Neighbours(kept[None], -negative[None]), not_finite + count_not_finite(block, mask)
 
     return _on_mesh(nearest, mesh)(state, queries, block, indices, mask)
 
@@ -732,31 +475,6 @@ def _on_mesh(fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
     divided, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
     specs = (divided, whole, divided, divided, divided)
     return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=divided)
-
-
-def _count_not_finite(block: Array, mask: Array | bool = True) -> Array:
-    """Number of unmasked rows that hold NaN or inf."""
-    return jnp.sum(mask & ~jnp.all(jnp.isfinite(block), axis=-1))
-
-
-def _finite_matrix(name: str, array: Array | np.ndarray) -> Array:
-    """The float32 [rows, D] array on the device; ValueError if it is not one, or not finite."""
-    dist.check_representations(**{name: array})
-    if array.ndim != 2:
-        raise ValueError(f"Expected {name} of shape [rows, D], got {array.shape}.")
-    array = jnp.asarray(array)
-    if not isinstance(array, jax.core.Tracer):
-        _refuse_not_finite(name, int(_count_not_finite(array)))
-    return array
-
-
-def _refuse_not_finite(name: str, bad: int) -> None:
-    """Raises ValueError if there are bad rows."""
-    if bad:
-        raise ValueError(
-            f"Expected finite {name}, got {bad} rows with NaN or infinite values; check the "
-            f"encoder's weights and dtype."
-        )
 
 
 def _check_same_dimension(queries: Array, bank: Array | np.ndarray) -> None:
