@@ -85,7 +85,7 @@ def main(config: Config) -> None:
     title = f"{config.encoder} on {len(images)} images of {config.images}"
     caption = "samples and seconds per image; size: mean eps_out or radius"
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("setting", no_wrap=True)
+    table.add_column("setting")
     for name in ("samples", "seconds", "certified", "size"):
         table.add_column(name, justify="right", no_wrap=True)
     key = jax.random.key(config.seed)

@@ -109,8 +109,17 @@ class TrainingCheckpoints:
     Leaving the context, `close` or `wait` finishes the writing: without one the last state is lost.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, max_to_keep: int = 1):
-        """Opens the directory, making it if need be; what a killed run left half is removed."""
+    def __init__(
+        self, directory: str | os.PathLike, *, max_to_keep: int = 1, listens: bool = False
+    ):
+        """Opens the directory, making it if need be; what a killed run left half is removed.
+
+        Args:
+          directory: of the run's states.
+          max_to_keep: how many of the newest.
+          listens: SIGTERM no longer ends the process at once but turns `asked_to_stop` true, for a
+            caller that looks at it after every step.
+        """
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep, cleanup_tmp_directories=True
         )
@@ -118,7 +127,8 @@ class TrainingCheckpoints:
         self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._asked, self._before = threading.Event(), None
         # On a pod, JAX's coordinator listens itself, and all hosts stop at the same step.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+        in_main = threading.current_thread() is threading.main_thread()
+        if listens and in_main and jax.process_count() == 1:
             self._before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
 
     def asked_to_stop(self, step: int) -> bool:

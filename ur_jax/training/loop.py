@@ -102,7 +102,7 @@ def train(
     update = functools.partial(_update, method, optimizer, adversary, config)
     state = sharding.replicate(mesh, state)
     per_epoch = images.steps_per_epoch
-    with checkpoints.TrainingCheckpoints(directory / "state") as saved:
+    with checkpoints.TrainingCheckpoints(directory / "state", listens=True) as saved:
         if saved.latest_step is not None:
             state, _ = saved.restore(state)
         done = int(state.step)
