@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tensorboardX
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ur_jax import augment, checkpoints, records, sharding
@@ -121,7 +122,7 @@ def train(
                     if stops:
                         saved.wait()
                         raise SystemExit(143)
-                on_epoch(epoch + 1, jax.tree.map(np.asarray, samples))
+                on_epoch(epoch + 1, _on_host(samples))
     return state
 
 
@@ -149,6 +150,13 @@ def _update(
         method, optimizer, adversary, state, Views(views[0], views[-1]), draw,
         num_parts=config.num_parts,
     )  # fmt: skip
+
+
+def _on_host(samples: Samples) -> Samples:
+    """Samples as NumPy arrays, also where they lie on several hosts' devices."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(samples, tiled=True)
+    return jax.tree.map(np.asarray, samples)
 
 
 class _Log:

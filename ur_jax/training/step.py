@@ -178,8 +178,8 @@ def init_state(
       variables: {"params", "batch_stats"} of its network, unfolded.
       optimizer: an optax optimizer.
       key: for what the method draws: a queue, a predictor.
-      parts: what a published file holds beside the encoder ("momentum", "predictor", "queue");
-        what is missing is copied from the encoder or drawn.
+      parts: what a published file holds beside the encoder ("momentum", "predictor"); what is
+        missing is copied from the encoder or drawn.
     """
     params, batch_stats, target = method.init(variables, key, parts or {})
     # Copies: the buffers are donated to the step one by one.
