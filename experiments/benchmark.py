@@ -543,14 +543,16 @@ def compile_only(config: Config) -> int:
     rows = []
     show: Callable[[str], None] = lambda text: command.console.print(text, highlight=False)
     for text in names:
-        rows += compilation.compile_encoder(
+        for row in compilation.compile_encoder(
             text.rpartition("=")[2],
             config.compile_only,
             protocol=config.protocol,
             center=config.certificates.center,
             dtype=config.dtype,
             on_progress=show,
-        )
+        ):
+            show(f"  {row.memory / 2**30:.2f} GiB per chip, {row.seconds:.0f} s to compile")
+            rows.append(row)
     command.console.print(compilation.table(config.compile_only, rows))
     return int(not all(row.fits for row in rows))
 
