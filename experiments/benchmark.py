@@ -99,8 +99,8 @@ class Config:
     """Which encoders, which images, where to; the stages' own flags follow."""
 
     workdir: Path = Path("runs/benchmark")
-    """Working directory; what is finished there is skipped. On several hosts, one that all see; a
-    bucket is to be mounted."""
+    """Working directory; what is finished there is skipped. On several hosts, one that all see. May
+    be of a bucket: gs://BUCKET/FOLDER (pip install "ur_jax[gcs]")."""
     preset: str = "paper"
     """paper (its protocol), quick or cifar (minutes per encoder on two cores)."""
     encoders: tuple[str, ...] = ()

@@ -8,10 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
+import fsspec
 import jax
 import tyro
+from etils import epath
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,6 +31,7 @@ from ur_jax.errors import unknown_name
 
 Config = TypeVar("Config")
 console = Console()
+_registry = tyro.constructors.ConstructorRegistry()
 
 
 def run(
@@ -44,6 +48,7 @@ def run(
       What `main` returns.
     """
     hosts.join()  # before any other use of JAX
+    list_buckets_anew()
     # One CPU device per core: XLA's convolution gradients otherwise keep to one core.
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
     keep_compilations()
@@ -64,16 +69,25 @@ def keep_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "ur_jax"))
 
 
+def list_buckets_anew() -> None:
+    """Keeps no listing of a bucket in memory: other hosts write there too."""
+    for protocol in ("gs", "gcs", "s3"):
+        fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
+
+
 def parse(config: type[Config], presets: Mapping[str, Any] | None, args: list[str]) -> Config:
-    """Returns the configuration of a command line, on top of its preset."""
+    """Returns the configuration of a command line, on top of its preset.
+
+    A path may be of a bucket: what a flag gives for a `Path` is an `etils.epath.Path`.
+    """
     if presets is None:
-        return tyro.cli(config, args=args)
+        return tyro.cli(config, args=args, registry=_registry)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default=next(iter(presets)))
     preset = parser.parse_known_args(args)[0].preset
     if preset not in presets:
         raise unknown_name("preset", preset, presets)
-    return tyro.cli(config, args=args, default=presets[preset])
+    return tyro.cli(config, args=args, default=presets[preset], registry=_registry)
 
 
 @contextlib.contextmanager
@@ -104,6 +118,22 @@ def progress(iterable: Iterable[Any], description: str, total: int) -> Iterator[
         yield from bar.track(iterable, description=description, total=total)
     if not console.is_terminal:
         console.print(f"{description}: {total} batches done", highlight=False)
+
+
+@_registry.primitive_rule
+def _path_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Reads a `Path` that may be gs://..., of which `pathlib` would drop a slash."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda texts: epath.Path(texts[0]),
+        is_instance=lambda value: isinstance(value, PurePath),
+        str_from_instance=lambda value: [os.fspath(value)],
+    )
 
 
 def _columns() -> tuple[ProgressColumn, ...]:

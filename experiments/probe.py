@@ -23,7 +23,7 @@ import command
 import tyro
 
 import ur_jax
-from ur_jax import data, probing, records, report, results, sharding
+from ur_jax import checkpoints, data, probing, records, report, results, sharding
 from ur_jax.data import ViewConfig
 from ur_jax.probe import ProbeConfig
 
@@ -98,7 +98,7 @@ def main(config: Config) -> None:
         mesh=mesh, num_workers=config.num_workers, progress=command.progress,
     )  # fmt: skip
     path = config.out / "probe"
-    if path.exists():
+    if checkpoints.is_saved(path):
         trained, known = probing.restore_probe(path, encoder)
         history = known["history"]
     else:

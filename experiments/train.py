@@ -165,7 +165,7 @@ def main(config: Config) -> None:
         "init_sha256": checkpoints.tree_hash(variables) if config.init else None,
     }
     records.open_run(config.out, described)
-    if (config.out / "encoder").exists():
+    if checkpoints.is_saved(config.out / "encoder"):
         command.console.print(f"{config.out} is finished; nothing was left to do.")
         return
     target_key, step_key = jax.random.split(jax.random.key(config.seed))

@@ -9,10 +9,13 @@ import shlex
 
 import benchmark
 import command
+import fsspec
 import jax
 import numpy as np
 import pytest
 import tiny_encoder
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from ur_jax import compilation, data, evaluation, loading, plan, records
 from ur_jax.encoders import published
@@ -110,11 +113,11 @@ def test_a_plan_refuses_what_cannot_be_meant(tmp_path, calls):
         plan.Plan(tmp_path, [stage]).select(["net/overlpa"])
 
 
-def test_a_bucket_is_refused(tmp_path):
+def test_a_bucket_that_lost_a_slash_is_refused():
     for path in ("gs://bucket/runs", "s3://bucket"):
-        with pytest.raises(ValueError, match="bucket.*gcsfuse"):
+        with pytest.raises(ValueError, match="gs://BUCKET/FOLDER, got '(gs|s3):/bucket"):
             plan.Plan(pathlib.Path(path), [])
-        with pytest.raises(ValueError, match="bucket.*gcsfuse"):
+        with pytest.raises(ValueError, match="drops a slash"):
             records.open_run(pathlib.Path(path), {})
 
 
@@ -207,6 +210,50 @@ def test_the_benchmark_runs_what_it_can_and_shares_clean_representations(config,
     words = shlex.split(planned["command"])[2:]
     parsed = command.parse(benchmark.Config, benchmark.PRESETS, words)
     assert parsed == dataclasses.replace(config, encoders=config.encoders[:1])
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The folder where gs:// lies in this test."""
+
+    class Buckets(DirFileSystem):
+        protocol = ("gs", "gcs")
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return path.removeprefix("gs://").removeprefix("gcs://").rstrip("/")
+
+    files = Buckets(path=str(tmp_path / "buckets"), fs=LocalFileSystem(auto_mkdir=True))
+    monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: files)
+    return tmp_path / "buckets"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_results_in_a_bucket_are_those_in_a_folder(config, bucket):
+    config = dataclasses.replace(config, encoders=config.encoders[:1], only=("*/breakaway",))
+    words = ["--workdir", "gs://mine/runs/work"]
+    parsed = command.parse(benchmark.Config, benchmark.PRESETS, words)
+    there = dataclasses.replace(config, workdir=parsed.workdir)
+    assert benchmark.main(config) == benchmark.main(there) == 0
+    found = {p.relative_to(config.workdir) for p in config.workdir.rglob("*") if p.is_file()}
+    work = bucket / "mine" / "runs" / "work"
+    assert found == {p.relative_to(work) for p in work.rglob("*") if p.is_file()}
+    table = (config.workdir / "RESULTS.csv").read_bytes()
+    assert (work / "RESULTS.csv").read_bytes() == table
+    # What is there is skipped; without its end, a stage goes on from its parts.
+    record = work / "run" / "breakaway.json"
+    first = record.read_bytes()
+    assert benchmark.main(there) == 0 and record.read_bytes() == first
+    (work / "run" / "breakaway" / "summary.json").unlink()
+    part = work / "run" / "breakaway" / "parts" / "breakaway" / "000000.npz"
+    written = part.stat().st_mtime_ns
+    assert benchmark.main(there) == 0 and part.stat().st_mtime_ns == written
+    # Other settings: what was there is removed.
+    protocol = dataclasses.replace(config.protocol, seed=1)
+    assert benchmark.main(dataclasses.replace(there, protocol=protocol)) == 0
+    assert part.stat().st_mtime_ns != written
+    assert json.loads(record.read_text())["sessions"] == 1
+    assert (work / "RESULTS.csv").read_bytes() != table
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Checkpoints on disk: encoders to hand on, and the states of a training run. Alone knows Orbax.
 
 Orbax writes into a temporary directory beside the checkpoint and renames it when all is on disk, so
-that a killed process leaves the previous checkpoint or the new one, never half of one.
+that a killed process leaves the previous checkpoint or the new one, never half of one; in a bucket,
+where nothing is renamed, what is not all there lacks a last file and does not count.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ur_jax.records import is_in_bucket
 from ur_jax.types import PyTree
 
 _FORMAT = 1
@@ -39,6 +41,8 @@ def save_encoder(path: str | os.PathLike, variables: PyTree, metadata: Mapping[s
       ValueError: if something is at `path` already, or the metadata lack a field.
     """
     path = _absolute(path)
+    if path.exists() and not is_saved(path):
+        path.rmtree()
     if path.exists():
         raise ValueError(f"Expected a new directory, but {path} exists; remove it or name another.")
     if missing := {"encoder", "config"} - set(metadata):
@@ -91,6 +95,12 @@ def restore_encoder(path: str | os.PathLike) -> tuple[PyTree, dict[str, Any]]:
     if tree_hash(variables) != metadata["weights_sha256"]:
         raise _damaged(path, "its weights do not have the recorded SHA-256")
     return variables, metadata
+
+
+def is_saved(path: str | os.PathLike) -> bool:
+    """Whether there is something at a path, and not what a killed process left in a bucket."""
+    path = _absolute(path)
+    return path.exists() and (not is_in_bucket(path) or ocp.utils.is_checkpoint_finalized(path))
 
 
 def tree_hash(tree: PyTree) -> str:
@@ -199,8 +209,7 @@ class TrainingCheckpoints:
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
     """The path as Orbax needs it: with a relative one its background write fails silently."""
-    path = os.fspath(path)
-    return epath.Path(path if "://" in path else os.path.abspath(path))
+    return epath.Path(path if is_in_bucket(path) else os.path.abspath(path))
 
 
 def _damaged(path: epath.Path, why: str) -> ValueError:

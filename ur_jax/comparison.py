@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from ur_jax import results
+from ur_jax import records, results
 from ur_jax.intervals import median_interval
 
 Rows = Sequence[Mapping[str, Any]]
@@ -233,6 +232,4 @@ def _read(
     workdir: Path, encoder: str, stage: str, table: str, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Some columns of a stage's table."""
-    path = workdir / encoder / stage / f"{table}.parquet"
-    found = pq.read_table(path, columns=list(names))
-    return {name: found[name].to_numpy() for name in names}
+    return records.read_table(workdir / encoder / stage / f"{table}.parquet", names)

@@ -12,7 +12,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +26,7 @@ from ur_jax.distances import distance
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import unknown_name
 from ur_jax.intervals import Estimate
-from ur_jax.records import Run, fingerprint, open_run, write_table
+from ur_jax.records import Run, as_folder, fingerprint, open_run, write_table
 from ur_jax.types import Array
 
 DIVERGENCES = ("l1", "l2", "linf")
@@ -254,7 +253,7 @@ def open_bank(
     names = ("encoder", "representation", "dtype", "weights_sha256", "listing_hash")
     settings = {name: described[name] for name in names}
     settings |= {"num_images": num_images, "batch_size": batch_size}
-    return open_run(Path(folder) / fingerprint(settings), settings)
+    return open_run(as_folder(folder) / fingerprint(settings), settings)
 
 
 def clean_representations(

@@ -365,9 +365,7 @@ class Job:
             self.run,
             stage,
             math.ceil(len(indices[0]) / size),
-            lambda numbers: (
-                self._batches(part_indices(each, numbers, size)) for each in indices
-            ),
+            lambda numbers: (self._batches(part_indices(each, numbers, size)) for each in indices),
             compute,
             title=title,
             progress=self.progress,

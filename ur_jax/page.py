@@ -140,7 +140,7 @@ def picture(path: Path, alternative: str) -> str:
       path: any image that Pillow reads.
       alternative: what it shows, for those who cannot see it.
     """
-    with Image.open(path) as image:
+    with path.open("rb") as file, Image.open(file) as image:
         image = image.convert("RGB")
         if image.width > _LARGEST_WIDTH:
             height = round(image.height * _LARGEST_WIDTH / image.width)

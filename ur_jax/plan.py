@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -70,16 +69,15 @@ class Plan:
     """Stages of some encoders in a working directory, in the order in which they run.
 
     Args:
-      workdir: the working directory.
+      workdir: the working directory, of a file system or a bucket.
       stages: the stages; one that is required stands before those that require it.
 
     Raises:
-      ValueError: for two stages of one name, a requirement that is not there, or a bucket.
+      ValueError: for two stages of one name, or a requirement that is not there.
     """
 
     def __init__(self, workdir: Path, stages: Iterable[Stage]):
-        records.check_local(workdir)
-        self.workdir = workdir
+        self.workdir = records.as_folder(workdir)
         self.stages: dict[str, Stage] = {}
         self._fingerprints: dict[str, str] = {}
         for stage in stages:
@@ -161,7 +159,7 @@ class Plan:
         }
         if hosts.is_first():
             if state == "changed":
-                shutil.rmtree(self.folder(stage), ignore_errors=True)
+                self.folder(stage).rmtree(missing_ok=True)
             self._write(stage, record)
         hosts.on_all_hosts(True)
         start, error = time.monotonic(), None

@@ -1,7 +1,8 @@
 """Results on disk: written atomically, claimed by one configuration, resumed part by part.
 
 A run's folder holds `config.json` (what it computes; another configuration is refused), `parts/`
-(what is finished so far) and, at the end, its tables and `summary.json`.
+(what is finished so far) and, at the end, its tables and `summary.json`. Folders may be of a bucket
+(`gs://...`), given as a string or an `etils.epath.Path`: `pathlib.Path` loses one of the slashes.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import re
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 SCHEMA = 2
 """Version of the layout of `summary.json` (see `results`) and of the tables."""
@@ -36,7 +40,16 @@ class OtherConfigurationError(ValueError):
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, which it becomes if the block ends without error."""
+    """Gives a temporary path, whose contents `path` gets if the block ends without error.
+
+    It lies beside `path`; or, of a bucket, whose objects appear whole or not at all, on this host.
+    """
+    if is_in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            path.write_bytes(temporary.read_bytes())
+        return
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -71,11 +84,12 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -
         )
 
 
-def read_table(path: Path) -> dict[str, np.ndarray]:
-    """Reads the columns that `write_table` wrote."""
+def read_table(path: Path, columns: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Reads columns that `write_table` wrote: some of them, all by default."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path)
+    with path.open("rb") as file:
+        table = pq.read_table(file, columns=columns and list(columns))
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
@@ -99,10 +113,10 @@ class Run:
 
     def num_parts(self, stage: str) -> int:
         """How many parts of a stage are finished, counted from the first without a gap."""
-        number = 0
-        while self.has_part(stage, number):
-            number += 1
-        return number
+        folder = self.path / "parts" / stage
+        # One listing: of a bucket, each question takes a while.
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        return next(n for n in itertools.count() if self.part(stage, n).name not in names)
 
     def write_part(self, stage: str, number: int, arrays: Mapping[str, Any]) -> None:
         """Writes one finished part, atomically."""
@@ -113,7 +127,7 @@ class Run:
         """All finished parts of a stage, joined along the leading axis."""
         parts = []
         for number in range(self.num_parts(stage)):
-            with np.load(self.part(stage, number)) as part:
+            with self.part(stage, number).open("rb") as file, np.load(file) as part:
                 parts.append(dict(part))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -130,8 +144,7 @@ def open_run(path: str | os.PathLike, config: Any) -> Run:
         settings are named).
       ValueError: if it holds files that are no run's.
     """
-    path = Path(path)
-    check_local(path)
+    path = as_folder(path)
     config = json.loads(json.dumps(config, default=_plain))
     claim = path / "config.json"
     if not claim.exists():
@@ -147,14 +160,19 @@ def open_run(path: str | os.PathLike, config: Any) -> Run:
     return Run(path)
 
 
-def check_local(path: Path) -> None:
-    """Raises ValueError for a bucket, such as gs://..., where results are not written."""
-    if re.match(r"\w+:/", str(path)):
+def as_folder(path: str | os.PathLike) -> epath.Path:
+    """A folder of a file system or a bucket.
+
+    Raises:
+      ValueError: for a bucket that lost a slash in a `pathlib.Path`.
+    """
+    text = os.fspath(path)
+    if re.match(r"\w+:/(?!/)", text):
         raise ValueError(
-            f"Expected a folder of a file system, got {path}: results are not written to a bucket "
-            "directly. Mount it (gcsfuse for gs://) and name the folder; encoders may be read from "
-            "gs://."
+            f"Expected a bucket as gs://BUCKET/FOLDER, got {text!r}: pathlib drops a slash. Give a "
+            "string or an etils.epath.Path."
         )
+    return epath.Path(text)
 
 
 def fingerprint(config: Any) -> str:
@@ -185,6 +203,11 @@ def _refuse_difference(path: Path, old: Any, new: Any) -> None:
             f"{path} holds the results of another configuration ({shown}"
             f"{', ...' if len(differing) > 5 else ''}). Name another --out, or repeat the settings."
         )
+
+
+def is_in_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is of a bucket."""
+    return "://" in os.fspath(path)
 
 
 def _is_hidden(path: Path) -> bool:

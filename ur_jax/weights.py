@@ -177,8 +177,7 @@ def _map_tensors(tensors, spec: EncoderSpec, contents, prefix, file, shapes_fn) 
         have = ", ".join(list(tensors)[:3]) or "no tensors at all"
         hint = _prefix_hint(tensors, spec, used, 0)
         raise ValueError(
-            f"{file} holds no tensor of encoder {spec.name!r}; it has {have}."
-            f"{hint or _CHECK}"
+            f"{file} holds no tensor of encoder {spec.name!r}; it has {have}.{hint or _CHECK}"
         )
 
     config = spec.config_fn(contents or {}, {key: tensors[names[key]].shape for key in names})

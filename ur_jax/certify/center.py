@@ -174,7 +174,8 @@ class _DistanceFromCenter:
         encoder, center = operand
         representations = encoder(images)
         return distance(
-            representations, jnp.broadcast_to(center, representations.shape),
+            representations,
+            jnp.broadcast_to(center, representations.shape),
             divergence=self.divergence,
         )
 
@@ -182,13 +183,20 @@ class _DistanceFromCenter:
 def _find_center(encoder, key, image, index, *, config, mesh, batch_size):
     """First stage: the center, its radius and the estimate of the quantile."""
     representations = sample_outputs(
-        _represent, encoder, image, key, jnp.int32(index), jnp.int32(0), n=config.n0,
-        sigma=config.sigma, clip=config.clip, mesh=mesh, batch_size=batch_size,
+        _represent,
+        encoder,
+        image,
+        key,
+        jnp.int32(index),
+        jnp.int32(0),
+        n=config.n0,
+        sigma=config.sigma,
+        clip=config.clip,
+        mesh=mesh,
+        batch_size=batch_size,
     )
     rank = jnp.int32(min(math.ceil(config.level * config.n0), config.n0))
-    return enclose(
-        encoder, image, representations, rank, divergence=config.divergence, mesh=mesh
-    )
+    return enclose(encoder, image, representations, rank, divergence=config.divergence, mesh=mesh)
 
 
 def _fixed(encoder, centered, key, config, mesh, batch_size, on_progress):
@@ -197,9 +205,17 @@ def _fixed(encoder, centered, key, config, mesh, batch_size, on_progress):
 
     def start(index, image, first):
         distances = sample_outputs(
-            _DistanceFromCenter(config.divergence), (encoder, first.center), image, key,
-            jnp.int32(index), jnp.int32(config.n0), n=config.n0 + config.n, sigma=config.sigma,
-            clip=config.clip, mesh=mesh, batch_size=batch_size,
+            _DistanceFromCenter(config.divergence),
+            (encoder, first.center),
+            image,
+            key,
+            jnp.int32(index),
+            jnp.int32(config.n0),
+            n=config.n0 + config.n,
+            sigma=config.sigma,
+            clip=config.clip,
+            mesh=mesh,
+            batch_size=batch_size,
         )
         return index, first, _summarise(distances, first.radius, ranks, n0=config.n0)
 
@@ -217,8 +233,17 @@ def _fixed(encoder, centered, key, config, mesh, batch_size, on_progress):
             lower = clopper_pearson_lower(num_in_ball, config.n0, config.alpha1 / 2)
             checked = lower >= 0.5 - config.delta
         return index, _certificate(
-            config, first, eps_out if checked else math.inf, checked, int(num_in_ball), config.n0,
-            statistics, ranks, config.n, 2 * config.n0 + config.n, int(first.num_bad + num_bad),
+            config,
+            first,
+            eps_out if checked else math.inf,
+            checked,
+            int(num_in_ball),
+            config.n0,
+            statistics,
+            ranks,
+            config.n,
+            2 * config.n0 + config.n,
+            int(first.num_bad + num_bad),
         )
 
     # One image is always queued behind the one that is read, so that the device does not wait.
@@ -288,9 +313,7 @@ class _Thresholds:
         smallest_yes = jnp.where(values > 0, places, self.num_events - 1).min(axis=1)
         largest_no = jnp.where(values < 0, places, -1).max(axis=1)
         narrow = smallest_yes - largest_no <= self.gap
-        return rows._replace(
-            answer=verdicts, done=rows.done | (ball < 0) | ((ball > 0) & narrow)
-        )
+        return rows._replace(answer=verdicts, done=rows.done | (ball < 0) | ((ball > 0) & narrow))
 
 
 def _sequence(config, alpha):
@@ -308,8 +331,14 @@ def _adaptive(encoder, centered, key, config, mesh, batch_size, on_progress):
     values = np.unique(np.asarray(config.eps_out_values, np.float64))
     num_values = len(values) or _GRID_SIZE
     method = _Thresholds(
-        sigma=config.sigma, clip=config.clip, first=config.n0, n=config.n, step=config.step,
-        num_events=1 + num_values, divergence=config.divergence, gap=1 if len(values) else 2,
+        sigma=config.sigma,
+        clip=config.clip,
+        first=config.n0,
+        n=config.n,
+        step=config.step,
+        num_events=1 + num_values,
+        divergence=config.divergence,
+        gap=1 if len(values) else 2,
     )
 
     def jobs():
@@ -328,9 +357,14 @@ def _adaptive(encoder, centered, key, config, mesh, batch_size, on_progress):
             yield index, image, extra
 
     outcomes = stream(
-        encoder, jobs(), key, method=method,
+        encoder,
+        jobs(),
+        key,
+        method=method,
         tables=Table(*(np.concatenate(parts, axis=1) for parts in zip(*tables))),
-        answer=np.zeros(method.num_events, np.int8), mesh=mesh, batch_size=batch_size,
+        answer=np.zeros(method.num_events, np.int8),
+        mesh=mesh,
+        batch_size=batch_size,
         on_progress=on_progress,
     )
     for outcome in outcomes:
@@ -342,10 +376,21 @@ def _adaptive(encoder, centered, key, config, mesh, batch_size, on_progress):
             smallest = certified[0]
             eps_out = config.factor * float(thresholds[1 + smallest])
             eps_out = float(values[smallest]) if len(values) else eps_out
-        yield outcome.index, _certificate(
-            config, first, eps_out, outcome.answer[0] > 0, int(outcome.counts[0]), n,
-            thresholds[1:], outcome.counts[1:].astype(np.int64), n, config.n0 + n,
-            int(first.num_bad + outcome.num_bad),
+        yield (
+            outcome.index,
+            _certificate(
+                config,
+                first,
+                eps_out,
+                outcome.answer[0] > 0,
+                int(outcome.counts[0]),
+                n,
+                thresholds[1:],
+                outcome.counts[1:].astype(np.int64),
+                n,
+                config.n0 + n,
+                int(first.num_bad + outcome.num_bad),
+            ),
         )
 
 
@@ -356,7 +401,16 @@ def _rounded_down(values):
 
 
 def _certificate(
-    config, first, eps_out, checked, num_in_ball, num_checked, distances, counts, n, num_drawn,
+    config,
+    first,
+    eps_out,
+    checked,
+    num_in_ball,
+    num_checked,
+    distances,
+    counts,
+    n,
+    num_drawn,
     num_bad,
 ):
     """The certificate, with the reason for an abstention."""

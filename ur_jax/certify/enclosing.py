@@ -112,8 +112,11 @@ def median_distances(representations: Array, *, divergence: str, mesh: Mesh) -> 
         return jax.lax.map(block, rows.reshape(blocks, _ROW_BLOCK, -1)).ravel()
 
     medians = jax.shard_map(
-        share, mesh=mesh, in_specs=(PartitionSpec(DATA_AXIS), PartitionSpec()),
-        out_specs=PartitionSpec(DATA_AXIS), check_vma=False,
+        share,
+        mesh=mesh,
+        in_specs=(PartitionSpec(DATA_AXIS), PartitionSpec()),
+        out_specs=PartitionSpec(DATA_AXIS),
+        check_vma=False,
     )(rows, representations)
     return medians[:n]
 

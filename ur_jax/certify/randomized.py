@@ -270,7 +270,11 @@ def _run(classifier, images, key, config, n, indices, mesh, batch_size, on_progr
     if jax.tree_util.all_leaves([classifier]):  # a plain function
         classifier = jax.tree_util.Partial(classifier)
     method = _Classes(
-        sigma=config.sigma, clip=config.clip, n0=config.n0, n=n, step=config.step,
+        sigma=config.sigma,
+        clip=config.clip,
+        n0=config.n0,
+        n=n,
+        step=config.step,
         num_events=num_classes(classifier, head.shape),
     )
     tables = _tables(config)

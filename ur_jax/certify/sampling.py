@@ -71,9 +71,7 @@ def noisy_samples(
     return jnp.clip(noisy, 0.0, 1.0) if clip else noisy
 
 
-@functools.partial(
-    jax.jit, static_argnames=("fn", "n", "sigma", "clip", "mesh", "batch_size")
-)
+@functools.partial(jax.jit, static_argnames=("fn", "n", "sigma", "clip", "mesh", "batch_size"))
 def sample_outputs(
     fn: Callable[[PyTree, Array], PyTree],
     operand: PyTree,
@@ -124,7 +122,10 @@ def sample_outputs(
 
     # Replication is not checked: a user's network may start a scan from constants.
     outputs = jax.shard_map(
-        share, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(DATA_AXIS),
+        share,
+        mesh=mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(DATA_AXIS),
         check_vma=False,
     )(operand, image, key, index, first)
     return jax.tree.map(lambda x: x[:n], outputs)
@@ -290,9 +291,7 @@ def advance(
             return jax.tree.map(keep, further, rows)
 
         # The images are set aside: they take no part in the decisions.
-        decided = jax.lax.fori_loop(
-            0, -(-num_slots // active), take, rows._replace(images=None)
-        )
+        decided = jax.lax.fori_loop(0, -(-num_slots // active), take, rows._replace(images=None))
         return decided._replace(images=rows.images)
 
     def run(model, key, tables, rows, max_rounds, low_water):

@@ -166,8 +166,8 @@ class _Log:
         self._path, self._rows = directory / "metrics.csv", []
         self._pending: list[tuple[int, dict[str, Array]]] = []
         if self._path.exists():
-            with self._path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+            found = csv.DictReader(self._path.read_text().splitlines())
+            rows = [row for row in found if None not in row.values()]
             # What came after the checkpoint that training goes on from is computed again.
             self._rows = [row for row in rows if int(row["step"]) <= done]
         self._writes = jax.process_index() == 0
@@ -201,11 +201,10 @@ class _Log:
         row = {"step": step, "epoch": round(epoch, 4), **means}
         self._rows.append(row)
         if self._writes:
-            with records.atomic_path(self._path) as temporary:
-                with temporary.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, list(row))
-                    writer.writeheader()
-                    writer.writerows(self._rows)
+            with records.atomic_path(self._path) as temporary, open(temporary, "w") as file:
+                writer = csv.DictWriter(file, list(row), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self._rows)
             for name, value in means.items():
                 self._board.add_scalar(name, value, step)
         return row
