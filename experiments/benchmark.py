@@ -15,7 +15,7 @@ the exit status is 1 if a stage failed or could not be run.
 
 On several hosts (a TPU pod, `srun`, `mpirun`) start the same command on each, with a --workdir that
 all of them see: images are divided over the hosts, batches over their devices, and the first host
-merges. Probes and impersonation run on the first host alone.
+merges.
 
 `--compile-only v5e:16x16` runs nothing: it compiles every hot function for that TPU topology, on
 any machine with libtpu, and prints whether it fits.
@@ -328,7 +328,6 @@ def encoder_stages(
             lambda: script.main(settings),
             samples=samples,
             work=None if entry.flops is None else samples * entry.flops,
-            divides=script in (evaluate, certify),
             missing=missing,
             **more,
         )
@@ -460,9 +459,7 @@ def plan_table(config: Config, whole: Plan, chosen: list[Stage]) -> Table:
         if stage.missing:
             table.add_row(stage.key, "cannot run", "", "")
             continue
-        seconds = stage.work / speed if stage.work else None
-        if seconds and stage.divides:
-            seconds /= jax.process_count()
+        seconds = stage.work / speed / jax.process_count() if stage.work else None
         total, total_samples = total + (seconds or 0.0), total_samples + stage.samples
         shown = "unknown" if seconds is None else duration(seconds)
         table.add_row(stage.key, state, f"{stage.samples:,}", shown)

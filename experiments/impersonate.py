@@ -18,11 +18,22 @@ import dataclasses
 from pathlib import Path
 
 import command
+import jax
 import jax.numpy as jnp
 import tyro
 
 import ur_jax
-from ur_jax import checkpoints, data, impersonation, probing, records, report, results, sharding
+from ur_jax import (
+    checkpoints,
+    data,
+    hosts,
+    impersonation,
+    probing,
+    records,
+    report,
+    results,
+    sharding,
+)
 from ur_jax.certify import Classifier
 from ur_jax.impersonation import ImpersonationConfig
 
@@ -103,8 +114,11 @@ def main(config: Config) -> None:
     job = impersonation.Job(
         encoder, classifier, source, groups, run, config.attack,
         mesh=mesh, num_workers=config.num_workers, progress=command.progress,
+        host=jax.process_index(), num_hosts=jax.process_count(),
     )  # fmt: skip
     successes, clean = job.measure()
+    if not hosts.is_first():
+        return
     records.write_json(
         config.out / "summary.json",
         {

@@ -20,10 +20,11 @@ import json
 from pathlib import Path
 
 import command
+import jax
 import tyro
 
 import ur_jax
-from ur_jax import checkpoints, data, probing, records, report, results, sharding
+from ur_jax import checkpoints, data, hosts, probing, records, report, results, sharding
 from ur_jax.data import ViewConfig
 from ur_jax.probe import ProbeConfig
 
@@ -96,6 +97,7 @@ def main(config: Config) -> None:
         encoder, train_source, train_indices, run, config.training, config.views,
         num_draws=config.num_draws if config.cached else None, seed=config.seed,
         mesh=mesh, num_workers=config.num_workers, progress=command.progress,
+        host=jax.process_index(), num_hosts=jax.process_count(),
     )  # fmt: skip
     path = config.out / "probe"
     if checkpoints.is_saved(path):
@@ -112,6 +114,8 @@ def main(config: Config) -> None:
         }
         probing.save_probe(path, trained, encoder, known)
     accuracies = job.test(trained, test_source, test_indices)
+    if not hosts.is_first():
+        return
     records.write_json(
         config.out / "summary.json",
         {

@@ -31,15 +31,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
 import benchmark  # noqa: E402
 import evaluate  # noqa: E402
+import impersonate  # noqa: E402
+import numpy as np  # noqa: E402
 import tiny_encoder  # noqa: E402
 
-from ur_jax import records  # noqa: E402
-from ur_jax.certify import CenterConfig  # noqa: E402
+from ur_jax import data, loading, probing, records  # noqa: E402
+from ur_jax.certify import CenterConfig, RandomizedConfig  # noqa: E402
 from ur_jax.encoders import published  # noqa: E402
 from ur_jax.evaluation import EvaluationConfig  # noqa: E402
+from ur_jax.impersonation import ImpersonationConfig  # noqa: E402
+from ur_jax.probe import ProbeConfig  # noqa: E402
 
 published.ENCODERS["demo"] = tiny_encoder.SPEC
 evaluate.plot = lambda *_: None  # figures take half of the time
+impersonate.report.plot_impersonation = lambda *_: None
 benchmark.report.parts = lambda *_: iter(())
 if int(die_after):
     write_part, left = records.Run.write_part, itertools.count(int(die_after), -1)
@@ -51,11 +56,12 @@ if int(die_after):
 
     records.Run.write_part = write_or_die
 
+TRAINING = ProbeConfig(num_epochs=2, learning_rate=0.1, batch_size=8, batch_norm=True)
 config = benchmark.Config(
     workdir=Path(workdir),
     encoders=(f"tiny={folder}/encoder",),
     images=f"folder:{folder}/images",
-    only=("tiny/distances", "tiny/attacks*", "tiny/overlap", "tiny/breakaway", "tiny/*divergence"),
+    train_images=f"folder:{folder}/images",
     protocol=EvaluationConfig(
         num_images=20, eps=(0.05,), read_at=(1, 2), overlap_steps=1, breakaway_steps=2,
         num_distribution=None, batch_size=4,
@@ -64,6 +70,22 @@ config = benchmark.Config(
         benchmark.CertificateSettings(),
         num_images=5,
         center=CenterConfig(bound="union", n0=300, n=512, alpha1=0.05, alpha2=0.05, delta=0.15),
+        randomized=RandomizedConfig(n0=16, n=128),
     ),
+    probe=benchmark.ProbeSettings(cached=True, num_draws=2, training=TRAINING),
+    impersonation=ImpersonationConfig(read_at=(1, 2), batch_size=4),
+    first_range=None,
+    second_range=None,
 )  # fmt: skip
-sys.exit(benchmark.main(config))
+code = benchmark.main(config)
+
+# The paper's training, on fresh crops in every epoch.
+source = data.open_images(config.images)
+job = probing.Job(
+    loading.load_encoder(f"{folder}/encoder", representation="features"), source,
+    np.arange(len(source)), records.open_run(Path(workdir, "streamed"), {}), TRAINING,
+    data.ViewConfig(augment=True), host=int(host), num_hosts=int(num_hosts),
+)  # fmt: skip
+trained, history = job.train()
+np.savez(Path(workdir, f"streamed-{host}.npz"), loss=[row["loss"] for row in history], **trained)
+sys.exit(code)

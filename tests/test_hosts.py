@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny_encoder
 
@@ -67,6 +68,12 @@ def test_two_processes_one_of_them_killed_and_started_again_equal_one(folder):
     assert (folder / "two" / "RESULTS.csv").read_bytes() == table
     record = json.loads((parts / "breakaway.json").read_text())
     assert record["finished"] and record["hosts"] == 2
+    # Where a batch is divided over both, sums are taken in another order.
+    one, *two = (dict(np.load(path)) for path in sorted(folder.glob("*/streamed-*.npz")))
+    assert len(two) == 2 and one["loss"].shape == (2,)
+    for name, value in one.items():
+        np.testing.assert_array_equal(two[0][name], two[1][name])
+        np.testing.assert_allclose(two[0][name], value, rtol=1e-5, atol=1e-6)
     # Both took part: a host names its certificates after itself.
     certificates = parts / "certified-divergence" / "parts"
     assert {path.name for path in certificates.glob("certificates-*")} == {

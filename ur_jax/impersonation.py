@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ur_jax import probe, sharding
+from ur_jax import hosts, probe, sharding
 from ur_jax.attacks import AttackConfig, random_start, u_pgd
 from ur_jax.certify import Classifier
 from ur_jax.data import ImageBatch, ImageSource, evenly_spaced, image_batches
@@ -193,9 +193,12 @@ class Job:
       groups: the two groups.
       run: the folder, from `records.open_run`.
       config: the attack.
-      mesh: devices, from `sharding.data_mesh`; all local ones by default.
+      mesh: this host's devices, from `sharding.data_mesh`; all by default.
       num_workers: processes that load images.
       progress: shows progress.
+      host: number of this host. On several hosts all make the same calls, in the same order, and
+        get the same results: batches are divided over them, and the first one writes the table.
+      num_hosts: how many there are.
 
     Raises:
       ValueError: for groups that share a class, or a batch that does not divide over the devices.
@@ -210,6 +213,8 @@ class Job:
     mesh: Mesh = dataclasses.field(default_factory=sharding.data_mesh)
     num_workers: int = 0
     progress: Progress = lambda iterable, description, total: iterable
+    host: int = 0
+    num_hosts: int = 1
 
     def __post_init__(self):
         check_groups(self.groups, self.classifier.bias.shape[0])
@@ -245,7 +250,8 @@ class Job:
             outcomes[direction] = success
             tables.append(self._table(direction, rows, success))
         joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-        write_table(self.run.path / "impersonations.parquet", joined)
+        if self.host == 0:
+            write_table(self.run.path / "impersonations.parquet", joined)
         outcomes["both"] = np.concatenate(list(outcomes.values()))
         successes = [
             Success(
@@ -359,17 +365,23 @@ class Job:
         return sharding.replicate(self.mesh, self.classifier)
 
     def _stage(self, stage: str, title: str, compute: Any, *indices: np.ndarray) -> None:
-        """Computes the missing parts of a stage."""
+        """Computes the missing parts of a stage, on all hosts."""
         size = self.config.batch_size
-        run_stage(
-            self.run,
-            stage,
-            math.ceil(len(indices[0]) / size),
-            lambda numbers: (self._batches(part_indices(each, numbers, size)) for each in indices),
-            compute,
-            title=title,
-            progress=self.progress,
+        batches_of = lambda numbers: (
+            self._batches(part_indices(each, numbers, size)) for each in indices
         )
+        with hosts.before_merge(self.num_hosts):
+            run_stage(
+                self.run,
+                stage,
+                math.ceil(len(indices[0]) / size),
+                batches_of,
+                compute,
+                host=self.host,
+                num_hosts=self.num_hosts,
+                title=title,
+                progress=self.progress,
+            )
 
     def _batches(self, indices: np.ndarray) -> Iterator[ImageBatch]:
         """Batches of whole images, prepared as the encoder wants them."""

@@ -31,11 +31,11 @@ class Stage:
       encoder: label of the encoder, the name of its folder.
       name: of the stage, the name of its folder within the encoder's.
       settings: what determines the results, as JSON values.
-      run: computes them into the folder, resuming, and ends with its `summary.json`.
+      run: computes them into the folder, resuming, and ends with its `summary.json`; on several
+        hosts all call it, and it divides the work.
       requires: names of the encoder's stages that must be finished before.
       work: amount of computation, in floating-point operations; None if not known.
       samples: images that pass through the encoder, each step of an attack counted as 3.
-      divides: whether `run` divides the work over hosts; otherwise the first host does it alone.
       missing: what is missing to run it, a sentence; empty if nothing is.
     """
 
@@ -46,7 +46,6 @@ class Stage:
     requires: tuple[str, ...] = ()
     work: float | None = None
     samples: int = 0
-    divides: bool = True
     missing: str = ""
 
     @property
@@ -164,8 +163,7 @@ class Plan:
         hosts.on_all_hosts(True)
         start, error = time.monotonic(), None
         try:
-            if stage.divides or hosts.is_first():
-                stage.run()
+            stage.run()
         except Exception as raised:  # whatever it is, the other stages go on
             error = raised
             if not hosts.is_first():  # whose record does not have it

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ur_jax import checkpoints, probe, sharding
+from ur_jax import checkpoints, hosts, probe, sharding
 from ur_jax.certify import Classifier
 from ur_jax.data import ImageBatch, ImageSource, ProbeViews, ViewConfig, image_batches
 from ur_jax.encoders.base import Encoder
@@ -57,9 +57,13 @@ class Job:
         (epoch mod num_draws): far faster, with fewer crops and less noise to learn from. As many
         draws as epochs give the paper's training again. Where nothing is random one draw is taken.
       seed: of weights, order, crops and noise.
-      mesh: devices, from `sharding.data_mesh`; all local ones by default.
+      mesh: this host's devices, from `sharding.data_mesh`; all by default.
       num_workers: processes that load images.
       progress: shows progress.
+      host: number of this host. On several hosts all make the same calls, in the same order, and
+        get the same results: batches are divided over the hosts (in the paper's training, each
+        batch is), and the first one writes the tables.
+      num_hosts: how many there are.
 
     Raises:
       ValueError: for images without classes, or a batch that does not divide over the devices.
@@ -76,10 +80,12 @@ class Job:
     mesh: Mesh = dataclasses.field(default_factory=sharding.data_mesh)
     num_workers: int = 0
     progress: Progress = lambda iterable, description, total: iterable
+    host: int = 0
+    num_hosts: int = 1
 
     def __post_init__(self):
         check_classes(self.source)
-        sharding.check_divisible(self.config.batch_size, self.mesh)
+        sharding.check_divisible(self.config.batch_size, self._training_mesh)
         if self.num_draws is not None and self.num_draws < 1:
             raise ValueError(f"Expected num_draws >= 1, got {self.num_draws}.")
 
@@ -95,7 +101,6 @@ class Job:
         """
         key = jax.random.key(self.seed)
         state = probe.init_state(key, self.encoder.dimension, len(self.source.class_names))
-        state = sharding.replicate(self.mesh, state)
         train = self._train_streaming if self.num_draws is None else self._train_cached
         state, history = train(state)
         return probe.finish(state, config=self.config), history
@@ -145,7 +150,8 @@ class Job:
             kinds = np.full(len(rows["index"]), kind)
             tables.append({"images": kinds} | {name: rows[name] for name in columns})
         joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-        write_table(self.run.path / "predictions.parquet", joined)
+        if self.host == 0:
+            write_table(self.run.path / "predictions.parquet", joined)
         return accuracies
 
     def unreadable(self) -> dict[str, str]:
@@ -154,9 +160,18 @@ class Job:
         skipped = [self.run.read_parts(stage)["unreadable"] for stage in stages]
         return dict(sorted(map(tuple, np.concatenate(skipped).tolist())))
 
+    @property
+    def _training_mesh(self) -> Mesh:
+        """Whose devices share a batch: of training on images, those of all hosts."""
+        is_alone = self.num_hosts == 1 or self.num_draws is not None
+        return self.mesh if is_alone else sharding.data_mesh(jax.devices())
+
     def _train_streaming(self, state: ProbeState) -> tuple[ProbeState, list[dict[str, float]]]:
         """Training on images, encoded anew in every epoch; a checkpoint after each."""
-        encoder = sharding.replicate(self.mesh, self.encoder)
+        mesh = self._training_mesh
+        encoder, state = sharding.replicate(mesh, (self.encoder, state))
+        size = self.config.batch_size // self.num_hosts
+        own = slice(self.host * size, (self.host + 1) * size)  # of each batch
         history: list[dict[str, float]] = []
         with checkpoints.TrainingCheckpoints(self.run.path / "state") as saved:
             if saved.latest_step is not None:
@@ -164,12 +179,13 @@ class Job:
                 history = metadata["history"]
             for epoch in range(len(history), self.config.num_epochs):
                 rate = np.float32(self.config.learning_rate_at(epoch))
-                order, mask = self._order(len(self.indices), epoch)
-                batches = self._batches(self._views(epoch), self.indices[order.T[mask.T]])
+                order, masks = (each.T[:, own] for each in self._order(len(self.indices), epoch))
+                batches = self._batches(self._views(epoch), self.indices[order.ravel()], size)
+                batches = self.progress(batches, f"epoch {epoch + 1}", len(order))
                 steps = []
-                for batch in self.progress(batches, f"epoch {epoch + 1}", order.shape[1]):
-                    arrays = (batch.images, _labels(batch), batch.mask)
-                    arrays = sharding.shard(self.mesh, arrays)
+                for mask, batch in zip(masks, batches, strict=True):
+                    arrays = (batch.images, _labels(batch), batch.mask & mask)
+                    arrays = sharding.shard(mesh, arrays)
                     state, totals = probe.encode_and_step(
                         encoder, state, *arrays, rate, config=self.config
                     )
@@ -198,12 +214,13 @@ class Job:
             draws.append((rows["features"], rows["label"]))
         if not len(draws[0][0]):
             raise ValueError(f"None of the {len(self.indices)} training images could be read.")
-        placed = sharding.replicate(self.mesh, draws[0])
+        # On one device: a linear layer needs no more, and its sums come out the same on any number.
+        placed = jax.device_put(draws[0])
         history = []
         for epoch in range(self.config.num_epochs):
             if num_draws > 1:  # one draw at a time: together they may not fit
-                placed = sharding.replicate(self.mesh, draws[epoch % num_draws])
-            order = sharding.shard(self.mesh, self._order(len(draws[0][0]), epoch))
+                placed = jax.device_put(draws[epoch % num_draws])
+            order = self._order(len(draws[0][0]), epoch)
             rate = np.float32(self.config.learning_rate_at(epoch))
             state, totals = probe.train_epoch(state, *placed, *order, rate, config=self.config)
             history.append(totals)
@@ -234,26 +251,31 @@ class Job:
         )
 
     def _stage(self, stage, title, views, indices, compute) -> None:
-        """Computes the missing parts of a stage over the views of some images."""
+        """Computes the missing parts of a stage over the views of some images, on all hosts."""
         size = self.config.batch_size
-        run_stage(
-            self.run,
-            stage,
-            math.ceil(len(indices) / size),
-            lambda numbers: (self._batches(views, part_indices(indices, numbers, size)),),
-            compute,
-            title=title,
-            progress=self.progress,
-        )
+        with hosts.before_merge(self.num_hosts):
+            run_stage(
+                self.run,
+                stage,
+                math.ceil(len(indices) / size),
+                lambda numbers: (self._batches(views, part_indices(indices, numbers, size), size),),
+                compute,
+                host=self.host,
+                num_hosts=self.num_hosts,
+                title=title,
+                progress=self.progress,
+            )
 
-    def _batches(self, views: ProbeViews, indices: np.ndarray) -> Iterator[ImageBatch]:
+    def _batches(
+        self, views: ProbeViews, indices: np.ndarray, batch_size: int
+    ) -> Iterator[ImageBatch]:
         """Batches of views at the encoder's input size."""
         return image_batches(
             views,
             indices,
             input_size=self.encoder.input_size,
             preparation=views.preparation,
-            batch_size=self.config.batch_size,
+            batch_size=batch_size,
             num_workers=self.num_workers,
         )
 
