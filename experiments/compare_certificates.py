@@ -25,10 +25,10 @@ from ur_jax.certify import (
     CenterConfig,
     RandomizedConfig,
     center_smoothing,
-    fit_batch_size,
     nearest_image_classifier,
     randomized_smoothing,
 )
+from ur_jax.memory import fit_batch_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 import benchmark  # noqa: E402
 import evaluate  # noqa: E402
 import impersonate  # noqa: E402
+import matrix  # noqa: E402
 import numpy as np  # noqa: E402
 import tiny_encoder  # noqa: E402
 
@@ -67,12 +68,12 @@ config = benchmark.Config(
         num_distribution=None, batch_size=4,
     ),
     certificates=dataclasses.replace(
-        benchmark.CertificateSettings(),
+        matrix.CertificateSettings(),
         num_images=5,
         center=CenterConfig(bound="union", n0=300, n=512, alpha1=0.05, alpha2=0.05, delta=0.15),
         randomized=RandomizedConfig(n0=16, n=128),
     ),
-    probe=benchmark.ProbeSettings(cached=True, num_draws=2, training=TRAINING),
+    probe=matrix.ProbeSettings(cached=True, num_draws=2, training=TRAINING),
     impersonation=ImpersonationConfig(read_at=(1, 2), batch_size=4),
     first_range=None,
     second_range=None,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ur_jax.certify import Classifier, RandomizedConfig, fit_batch_size, randomized_smoothing
+from ur_jax.certify import Classifier, RandomizedConfig, randomized_smoothing
 from ur_jax.certify.randomized import _Classes, _tables
 from ur_jax.certify.sampling import Rows, advance, noisy_samples, sample_outputs, stream
 from ur_jax.encoders import from_fn
@@ -252,13 +252,3 @@ def test_an_empty_run_yields_nothing(classifier):
         batch_size=8,
     )
     assert list(empty) == []
-
-
-def test_batch_size_follows_the_memory(classifier):
-    full = fit_batch_size(classify, classifier, SHAPE, largest=256, memory=2**30)
-    assert full == 256
-    per_image = 48 * 4  # bytes of the input alone
-    small = fit_batch_size(classify, classifier, SHAPE, largest=256, memory=64 * per_image)
-    assert 1 <= small <= 32
-    with pytest.raises(ValueError, match="bfloat16"):
-        fit_batch_size(classify, classifier, SHAPE, largest=256, memory=100)

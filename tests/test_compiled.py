@@ -10,6 +10,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
@@ -25,9 +26,9 @@ from ur_jax.throughput.work import program_cost
 BATCH, SIZE = 4, (64, 64)
 NETWORK = resnet.ResNet((1, 1), resnet.Bottleneck, width=16, folded=True)
 
-# Megabytes per image in the optimised program for a CPU, float32, by jaxlib 0.10.2; at most 5 %
-# more is let through. With XLA's own gradient of max-pooling, a step's were 16 % more.
-RECORDED_MEGABYTES = {"forward": 1.081, "step": 5.597}
+# Megabytes per image in the optimised program for a CPU, float32, by jaxlib's version; at most
+# 5 % more is let through. With XLA's own gradient of max-pooling, a step's were 16 % more.
+RECORDED_MEGABYTES = {"0.10": {"forward": 1.081, "step": 5.597}}
 HOST_CALLS = r"callback|infeed|outfeed|send\(|recv\("
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 
@@ -119,7 +120,10 @@ def test_bytes_per_image_stay_as_recorded(programs):
         for program in programs
     )
     found = {"forward": forward, "step": attack - 2 * forward}
-    for name, recorded in RECORDED_MEGABYTES.items():
+    compiler = ".".join(jaxlib.__version__.split(".")[:2])
+    if compiler not in RECORDED_MEGABYTES:
+        pytest.skip(f"nothing is on record of jaxlib {compiler}; it counts {found}")
+    for name, recorded in RECORDED_MEGABYTES[compiler].items():
         assert found[name] <= 1.05 * recorded, found
 
 

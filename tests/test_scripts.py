@@ -159,3 +159,17 @@ def test_bad_flags_end_in_one_line(change, message, tmp_path, monkeypatch, capsy
     assert (
         "error:" in printed and message in printed.replace("\n", " ") and "Traceback" not in printed
     )
+
+
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        command.keep_compilations()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ur_jax")
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+        command.keep_compilations()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

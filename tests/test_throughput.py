@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference_rules
 import throughput as script
+import tiny_encoder
 
 from ur_jax import loading, throughput, weights
 from ur_jax.encoders.published import ENCODERS
@@ -91,6 +92,15 @@ def test_the_script_writes_a_table_that_can_be_shown_again(tmp_path, monkeypatch
     script.main(elsewhere)
     assert (tmp_path / "other" / "throughput.png").stat().st_size > 1000
     assert "center" in capsys.readouterr().out
+
+
+def test_training_is_measured_on_a_network_of_its_own_head(monkeypatch):
+    monkeypatch.setitem(ENCODERS, "demo", tiny_encoder.SPEC)
+    size = work.Size("demo", "float32", 8, 1, 1, 1, 1)
+    workload = work.WORKS["training"].make(size)
+    first = int(workload.run())
+    assert int(workload.run()) == first + 1  # steps of one training, each on the state before
+    assert workload.items == 8 and workload.compile_seconds > 0
 
 
 def test_no_case_begins_after_the_budget(monkeypatch):

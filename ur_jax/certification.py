@@ -30,7 +30,6 @@ from ur_jax.certify import (
     center_smoothing,
     certified_radius,
     check_labels,
-    fit_batch_size,
     lower_bound,
     nearest_image_classifier,
     randomized_smoothing,
@@ -39,6 +38,7 @@ from ur_jax.data import ImageSource, evenly_spaced, image_batches
 from ur_jax.encoders.base import Encoder
 from ur_jax.evaluation import Progress, clean_representations
 from ur_jax.intervals import Estimate
+from ur_jax.memory import fit_batch_size
 from ur_jax.types import Array
 
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)

@@ -19,7 +19,6 @@ from ur_jax.certify.classifiers import (
     num_classes,
 )
 from ur_jax.certify.configs import CenterConfig, RandomizedConfig
-from ur_jax.certify.memory import fit_batch_size
 from ur_jax.certify.randomized import (
     Prediction,
     RadiusCertificate,
@@ -47,7 +46,6 @@ __all__ = [
     "certify",
     "check_labels",
     "eps_out_from_counts",
-    "fit_batch_size",
     "lower_bound",
     "nearest_image_classifier",
     "num_classes",

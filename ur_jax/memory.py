@@ -24,13 +24,14 @@ def fit_batch_size(
     largest: int | None = None,
     memory: int | None = None,
 ) -> int:
-    """Chooses the samples per device and forward pass from the device's memory.
+    """Chooses the images per device of a forward pass, an attack or the like from its memory.
 
     Compiles fn, reads the compiler's memory analysis, and halves the batch until arguments, outputs
     and temporaries take at most 60 % of the memory.
 
     Args:
-      fn: (operand, images [B,H,W,C]) -> arrays.
+      fn: (operand, images [B,H,W,C]) -> arrays, e.g. the encoder's call, or
+        `lambda encoder, x: u_pgd(encoder, x, jax.random.key(0), config=config)`.
       operand: what fn needs besides, e.g. the encoder.
       image_shape: H, W, C.
       largest: batch size to begin with, a power of two; by default 64 on a CPU, else 4096.
@@ -62,7 +63,7 @@ def fit_batch_size(
         batch_size = 1 if 1 < batch_size < 2**halvings else batch_size >> halvings
     raise ValueError(
         f"Expected one image of shape {image_shape} to fit into {memory / 2**30:.1f} GiB; the "
-        f"forward pass takes {needed / 2**30:.1f} GiB. Use a smaller encoder or bfloat16."
+        f"program takes {needed / 2**30:.1f} GiB. Use a smaller encoder or bfloat16."
     )
 
 
