@@ -1,8 +1,11 @@
-"""Eight CPU devices, strict dtype promotion, full-precision products, and the shared data."""
+"""Eight CPU devices, strict dtype promotion, full-precision products, a cache of compiled programs,
+and the shared data."""
 
 from __future__ import annotations
 
+import os
 import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -13,7 +16,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
 _SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure(config):
+    """Keeps compiled programs for as long as the tests run, for all of their processes."""
+    if _CACHE not in os.environ:
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ[_CACHE] = folder.name
+    jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture(scope="session")

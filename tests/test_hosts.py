@@ -47,7 +47,7 @@ def start(folder, workdir, num_hosts, die_after=0):
 
 
 def finish(folder, processes):
-    codes = [process.wait(timeout=150) for process in processes]
+    codes = [process.wait(timeout=300) for process in processes]
     logs = "".join(path.read_text()[-3000:] for path in folder.glob("*.log"))
     assert codes == [0] * len(codes), logs
 
@@ -58,7 +58,7 @@ def test_two_processes_one_of_them_killed_and_started_again_equal_one(folder):
     assert table.count(b"\n") > 40
 
     survivor, victim = start(folder, "two", 2, die_after=4)
-    assert victim.wait(timeout=150) == 9
+    assert victim.wait(timeout=300) == 9
     survivor.kill()
     survivor.wait()
     assert not (folder / "two" / "RESULTS.csv").exists()
