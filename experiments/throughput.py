@@ -26,7 +26,7 @@ class Config:
     out: Path = Path("runs/throughput")
     """Folder of the results."""
     preset: str = "cpu"
-    """cpu, gpu (one command of 8 minutes) or toy (does everything run?)."""
+    """cpu, gpu (one command of 8 minutes), scaling, or toy (does everything run?)."""
     against: str = "nothing"
     """nothing, or torch: the same work in PyTorch, by turns."""
     works: tuple[str, ...] = ()

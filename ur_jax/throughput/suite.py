@@ -116,6 +116,26 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
         ),
         Sweep(works=("training",), batch_sizes=(192,), repeats=5),
     ),
+    # How time grows with images, steps, samples and the bank.
+    "scaling": (
+        Sweep(works=("forward", "u_pgd"), encoders=("demo",), batch_sizes=(16, 64, 256, 1024)),
+        *(
+            Sweep(works=("u_pgd",), encoders=("demo",), batch_sizes=(64,), num_steps=num)
+            for num in (8, 32)
+        ),
+        *(
+            Sweep(works=("noisy",), encoders=("demo",), batch_sizes=(64,), num_samples=num)
+            for num in (1_024, 8_192)
+        ),
+        *(
+            Sweep(works=("center",), encoders=("demo",), batch_sizes=(64,), num_center=num)
+            for num in (2_500, 5_000, 10_000)
+        ),
+        *(
+            Sweep(works=("distances",), encoders=("demo",), batch_sizes=(64,), num_rows=num)
+            for num in (10_000, 100_000, 1_000_000)
+        ),
+    ),
     "toy": (
         Sweep(
             works=tuple(work.WORKS)[:-2],
@@ -129,7 +149,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
         Sweep(works=("u_pgd", "forward"), batch_sizes=(2,), num_steps=1, repeats=1),
     ),
 }
-"""What to measure, by name: on a CPU, in one command on a GPU, or only whether all of it runs."""
+"""What to measure: on a CPU, in one command on a GPU, how it scales, or only whether it runs."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,6 +94,7 @@ def u_pgd(size: Size) -> Workload:
     dynamic = dict(**inputs, keys=keys, target=None, start=None, size=numbers)
     items = size.batch_size * size.num_steps
     workload = _compiled(attacks._u_pgd, dynamic, dict(config=rest), items=items)
+    workload = workload._replace(note=f"{size.num_steps} steps")
     # A loop's body counts once in the compiler's analysis, beside the two passes outside it.
     beside = _compiled(_encode, inputs, items=size.batch_size)
     of_run = lambda total, one: (
@@ -122,7 +123,9 @@ def noisy_samples(size: Size) -> Workload:
     static["batch_size"] = len(images) // mesh.size
     workload = _compiled(sampling.sample_outputs, dynamic, static, items=n)
     times = lambda value: None if value is None else value * num_batches  # a loop's body, as above
-    return workload._replace(flops=times(workload.flops), bytes_moved=times(workload.bytes_moved))
+    return workload._replace(
+        flops=times(workload.flops), bytes_moved=times(workload.bytes_moved), note=f"{n:,} samples"
+    )
 
 
 def center(size: Size) -> Workload:
@@ -131,7 +134,8 @@ def center(size: Size) -> Workload:
     dimension = make_encoder(size.encoder, size.dtype).dimension
     rows = replicate(mesh, random_rows(size.num_center, dimension))
     static = dict(divergence="l2", mesh=mesh)
-    return _compiled(_medians, dict(representations=rows), static, items=1)
+    workload = _compiled(_medians, dict(representations=rows), static, items=1)
+    return workload._replace(note=f"{len(rows):,} samples")
 
 
 def distances(size: Size) -> Workload:
@@ -144,7 +148,7 @@ def distances(size: Size) -> Workload:
     run = lambda: metrics.neighbour_ranks(
         attacked, clean, bank, own_index=indices, block_size=len(rows), mesh=mesh
     )
-    return _called(run, items=len(clean) * len(rows))
+    return _called(run, items=len(clean) * len(rows))._replace(note=f"{len(rows):,} rows")
 
 
 def certificates(size: Size, bound: str = "exact") -> Workload:
