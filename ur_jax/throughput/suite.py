@@ -138,7 +138,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
     ),
     "toy": (
         Sweep(
-            works=tuple(work.WORKS)[:-2],
+            works=tuple(name for name in work.WORKS if name not in _CERTIFICATES),
             encoders=("demo",),
             batch_sizes=(4,),
             num_samples=8,
@@ -147,6 +147,14 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
             repeats=2,
         ),
         Sweep(works=("u_pgd", "forward"), batch_sizes=(2,), num_steps=1, repeats=1),
+        Sweep(
+            works=_CERTIFICATES,
+            encoders=("demo",),
+            batch_sizes=(64,),
+            num_center=1_000,
+            num_samples=1_000,
+            repeats=1,
+        ),
     ),
 }
 """What to measure: on a CPU, in one command on a GPU, how it scales, or only whether it runs."""
