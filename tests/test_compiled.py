@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import pytest
+from jax import export
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import ur_jax
-from ur_jax import attacks
+from ur_jax import attacks, loading
 from ur_jax.certify import sampling
 from ur_jax.encoders import resnet
-from ur_jax.encoders.networks import NetworkFn
-from ur_jax.encoders.published import ENCODERS
 from ur_jax.sharding import data_mesh
 from ur_jax.throughput.work import program_cost
 
@@ -53,22 +52,8 @@ def attack_arguments(encoder, images):
 @pytest.fixture(scope="module")
 def resnet50():
     """The ResNet-50 without weights, an image, and the traced attack."""
-    spec, shape = ENCODERS["resnet50"], jax.ShapeDtypeStruct
-    image = shape((1, *spec.input_size, 3), jnp.float32)
-    network = spec.network(folded=True)
-    params = jax.eval_shape(network.init, jax.random.key(0), image)
-    encoder = ur_jax.Encoder(
-        params=params,
-        apply_fn=NetworkFn(network, "backbone"),
-        name="resnet50",
-        input_size=spec.input_size,
-        preparation="resize",
-        mean=spec.mean,
-        std=spec.std,
-        representation="backbone",
-        dimension=2048,
-        dtype="float32",
-    )
+    encoder = loading.abstract_encoder("resnet50", "backbone")
+    image = jax.ShapeDtypeStruct((1, *encoder.input_size, 3), jnp.float32)
     return encoder, image, attacks._u_pgd.trace(*attack_arguments(encoder, image))
 
 
@@ -150,6 +135,17 @@ def test_one_compilation_per_configuration(encoder, images):
     sweep = ur_jax.AttackConfig(num_steps=1, eps=0.1, step_size=0.02)
     ur_jax.u_pgd(other, images, key, config=sweep)
     assert attacks._u_pgd._cache_size() == before
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", ["resnet50", "mae", "amdim"])
+def test_an_attack_lowers_for_accelerators(name, platform):
+    encoder = loading.abstract_encoder(name, dtype="bfloat16")
+    image = jax.ShapeDtypeStruct((1, *encoder.input_size, 3), jnp.float32)
+    attack = jax.jit(lambda *arrays: ur_jax.u_pgd(*arrays, config=ur_jax.AttackConfig(num_steps=2)))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = export.export(attack, platforms=[platform])(encoder, image, key).mlir_module()
+    assert "stablehlo.while" in program
 
 
 def _encode(encoder, images):
