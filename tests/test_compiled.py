@@ -144,7 +144,9 @@ def test_an_attack_lowers_for_accelerators(name, platform):
     image = jax.ShapeDtypeStruct((1, *encoder.input_size, 3), jnp.float32)
     attack = jax.jit(lambda *arrays: ur_jax.u_pgd(*arrays, config=ur_jax.AttackConfig(num_steps=2)))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    program = export.export(attack, platforms=[platform])(encoder, image, key).mlir_module()
+    # JAX's own attention mixes dtypes when its gradient is lowered, which strictness refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        program = export.export(attack, platforms=[platform])(encoder, image, key).mlir_module()
     assert "stablehlo.while" in program
 
 
