@@ -19,6 +19,7 @@ import command
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 import ur_jax
 from ur_jax import data, evaluation, hosts, records, report, results, sharding
@@ -73,7 +74,8 @@ def compute(config: Config):
     encoder = ur_jax.load_encoder(config.encoder, config.name, config.representation, config.dtype)
     source = data.open_images(config.images)
     mesh = sharding.data_mesh()
-    evaluation.check_fits(config.protocol, source, mesh)  # before the folder is claimed
+    protocol = settle(config, encoder, mesh)
+    evaluation.check_fits(protocol, source, mesh)  # before the folder is claimed
     described = {
         "encoder": encoder.name,
         "representation": encoder.representation,
@@ -81,19 +83,19 @@ def compute(config: Config):
         "weights_sha256": ur_jax.weights_hash(encoder),
         "images": config.images,
         "listing_hash": source.listing_hash,
-        "protocol": config.protocol.of_stages(config.stages),
+        "protocol": protocol.of_stages(config.stages),
     }
     if config.stages != STAGES:
         described["stages"] = config.stages
     run, bank = records.open_run(config.out, described), None
     if config.clean is not None:
-        num_images = config.protocol.num_clean or len(source)
-        bank = evaluation.open_bank(config.clean, described, num_images, config.protocol.batch_size)
+        num_images = protocol.num_clean or len(source)
+        bank = evaluation.open_bank(config.clean, described, num_images, protocol.batch_size)
     evaluation.compute(
         encoder,
         source,
         run,
-        config=config.protocol,
+        config=protocol,
         stages=config.stages,
         bank=bank,
         host=jax.process_index(),
@@ -103,6 +105,19 @@ def compute(config: Config):
         progress=command.progress,
     )
     return encoder, source, run, bank, described
+
+
+def settle(config: Config, encoder: ur_jax.Encoder, mesh: Mesh) -> EvaluationConfig:
+    """The protocol with a batch size: what fits on every host, or what the run began with."""
+    protocol, claim = config.protocol, records.as_folder(config.out) / "config.json"
+    if protocol.batch_size is not None:
+        return protocol
+    if claim.exists():
+        size = records.read_json(claim).get("protocol", {}).get("batch_size")
+    else:
+        fitting = evaluation.fit_batch_size(protocol, encoder, mesh, jax.process_count())
+        size = int(hosts.on_all_hosts(fitting).min())
+    return dataclasses.replace(protocol, batch_size=size)
 
 
 def finish(config: Config, encoder, source, run, bank, described) -> None:

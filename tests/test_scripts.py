@@ -118,6 +118,27 @@ def test_train_then_knn_then_evaluate(tiny, images, tmp_path, monkeypatch, capsy
     assert "overlap_risk" in capsys.readouterr().out
 
 
+def test_the_batch_size_is_found_and_kept_for_a_run_that_goes_on(
+    tiny, images, tmp_path, monkeypatch
+):
+    tiny_encoder.save(tmp_path / "encoder")
+    protocol = EvaluationConfig(
+        num_images=20, eps=(0.05,), overlap_steps=1, num_distribution=None, batch_size=None
+    )
+    config = evaluate.Config(
+        encoder=str(tmp_path / "encoder"), images=images, out=tmp_path / "out",
+        stages=("distances",), protocol=protocol,
+    )  # fmt: skip
+    evaluate.main(config)
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["protocol"]["batch_size"]
+    assert found == 24  # 20 images are 3 for each of 8 devices
+    monkeypatch.setattr(evaluate.evaluation.memory, "fit_batch_size", lambda *_: 1)
+    evaluate.main(config)
+    evaluate.main(dataclasses.replace(config, out=tmp_path / "other"))
+    other = json.loads((tmp_path / "other" / "config.json").read_text())["protocol"]
+    assert other["batch_size"] == 8
+
+
 def test_presets_give_defaults_that_flags_change():
     args = [
         "--preset",

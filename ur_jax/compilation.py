@@ -144,7 +144,8 @@ def compile_encoder(
     devices = topology_devices(topology)
     mesh = sharding.data_mesh(devices)
     num_hosts = len({device.process_index for device in devices})
-    num_images = max(1, protocol.batch_size * num_hosts // mesh.size) * mesh.size
+    batch_size = protocol.batch_size or EvaluationConfig.batch_size
+    num_images = max(1, batch_size * num_hosts // mesh.size) * mesh.size
     encoder = loading.abstract_encoder(name, "paper", dtype)
     everywhere = NamedSharding(mesh, PartitionSpec())
     divided = NamedSharding(mesh, PartitionSpec(sharding.DATA_AXIS))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ur_jax import metrics, sharding
+from ur_jax import memory, metrics, sharding
 from ur_jax.attacks import AttackConfig, u_pgd
 from ur_jax.data import ImageBatch, ImageSource, evenly_spaced, image_batches
 from ur_jax.distances import distance
@@ -65,7 +65,8 @@ class EvaluationConfig:
       read_at: steps at which attacks are read.
       overlap_eps, overlap_steps: the attacks on pairs.
       breakaway_eps, breakaway_steps: the attack of breakaway risk and neighbour accuracy.
-      batch_size: images per batch, over all devices.
+      batch_size: images per batch, over all devices of a host; None where a script is to find the
+        largest that fits, see `fit_batch_size`.
       nearest_level: distances become quantiles by the nearest stored level, as in the authors'
         code (departure 8), instead of by the exact distribution.
       seed: of every random draw.
@@ -84,7 +85,7 @@ class EvaluationConfig:
     overlap_steps: int = 10
     breakaway_eps: float = 0.05
     breakaway_steps: int = 25
-    batch_size: int = 64
+    batch_size: int | None = 64
     nearest_level: bool = False
     seed: int = 0
 
@@ -294,8 +295,27 @@ def clean_representations(
     return run.read_parts(stage)
 
 
+def fit_batch_size(
+    config: EvaluationConfig, encoder: Encoder, mesh: Mesh, num_hosts: int = 1
+) -> int:
+    """Images per batch: as many as an attack on them has room for, on all devices of a mesh.
+
+    Args:
+      config: the protocol.
+      encoder: the encoder.
+      mesh: a host's devices.
+      num_hosts: how many there are; a batch is no larger than a host's share of attacked images.
+    """
+    attack = config.attack(max(config.eps), 2)  # its memory does not grow with its steps
+    attacked = lambda encoder, images: u_pgd(encoder, images, jax.random.key(0), config=attack)
+    most = memory.fit_batch_size(attacked, encoder, (*encoder.input_size, 3))
+    return mesh.size * min(most, math.ceil(config.num_images / (num_hosts * mesh.size)))
+
+
 def check_fits(config: EvaluationConfig, source: ImageSource, mesh: Mesh) -> None:
     """Raises ValueError for more samples than images, or a batch that the devices can't divide."""
+    if config.batch_size is None:
+        raise ValueError("Expected a batch_size, got None; `fit_batch_size` finds one.")
     sharding.check_divisible(config.batch_size, mesh)
     for num_images in (config.num_images, config.num_clean):
         evenly_spaced(len(source), num_images or len(source))

@@ -56,8 +56,8 @@ def before_merge(num_hosts: int | None = None) -> Iterator[None]:
         raise RuntimeError(f"Host {', '.join(map(str, failed))} failed; see its output.")
 
 
-def on_all_hosts(value: bool) -> np.ndarray:
-    """Returns every host's value, (num_hosts,) bool, once all have called this."""
+def on_all_hosts(value: bool | int) -> np.ndarray:
+    """Returns every host's value, (num_hosts,), once all have called this."""
     if jax.process_count() == 1:
         return np.array([value])
     return np.asarray(multihost_utils.process_allgather(np.array([value]), tiled=True))
