@@ -31,7 +31,17 @@ import jax
 import tyro
 
 import ur_jax
-from ur_jax import certification, checkpoints, data, evaluation, hosts, records, report, results
+from ur_jax import (
+    certification,
+    checkpoints,
+    data,
+    evaluation,
+    hosts,
+    loading,
+    records,
+    report,
+    results,
+)
 from ur_jax.certification import Figures
 from ur_jax.certify import CenterConfig, RandomizedConfig
 from ur_jax.encoders import Encoder
@@ -102,10 +112,7 @@ def compute(config: Config) -> tuple[certification.Job, dict[str, Any]]:
     settings = config.center if is_center else config.randomized
     probe = None if is_center else read_probe(config.probe, encoder)
     described = {
-        "encoder": encoder.name,
-        "representation": encoder.representation,
-        "dtype": encoder.dtype,
-        "weights_sha256": ur_jax.weights_hash(encoder),
+        **loading.described(encoder),
         "images": config.images,
         "listing_hash": source.listing_hash,
         "num_images": config.num_images,

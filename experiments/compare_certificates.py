@@ -93,11 +93,11 @@ def main(config: Config) -> None:
         is_center = isinstance(setting, CenterConfig)
         model = encoder if is_center else nearest
         smooth = center_smoothing if is_center else randomized_smoothing
-        run = lambda images: dict(smooth(model, images, key, config=setting, batch_size=batch_size))
-        if setting.bound in ("union", "betting"):
-            run(images[:1])  # compiles, which would be most of the time of a short run
+        arguments = dict(config=setting, batch_size=batch_size)
+        if setting.bound in ("union", "betting"):  # compiling would be most of a short run's time
+            dict(smooth(model, images[:1], key, **arguments))
         start = time.monotonic()
-        certificates = run(images).values()
+        certificates = dict(smooth(model, images, key, **arguments)).values()
         seconds = time.monotonic() - start
         size = [c.eps_out if is_center else c.radius for c in certificates]
         given = [s for s, c in zip(size, certificates) if not c.abstained]

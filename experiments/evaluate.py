@@ -22,7 +22,7 @@ import tyro
 from jax.sharding import Mesh
 
 import ur_jax
-from ur_jax import data, evaluation, hosts, records, report, results, sharding
+from ur_jax import data, evaluation, hosts, loading, records, report, results, sharding
 from ur_jax.evaluation import STAGES, EvaluationConfig
 
 
@@ -77,10 +77,7 @@ def compute(config: Config):
     protocol = settle(config, encoder, mesh)
     evaluation.check_fits(protocol, source, mesh)  # before the folder is claimed
     described = {
-        "encoder": encoder.name,
-        "representation": encoder.representation,
-        "dtype": encoder.dtype,
-        "weights_sha256": ur_jax.weights_hash(encoder),
+        **loading.described(encoder),
         "images": config.images,
         "listing_hash": source.listing_hash,
         "protocol": protocol.of_stages(config.stages),

@@ -28,6 +28,7 @@ from ur_jax import (
     data,
     hosts,
     impersonation,
+    loading,
     probing,
     records,
     report,
@@ -98,10 +99,7 @@ def main(config: Config) -> None:
     impersonation.check_groups(groups, len(trained["bias"]))  # before the folder is claimed
     sharding.check_divisible(config.attack.batch_size, mesh)
     described = {
-        "encoder": encoder.name,
-        "representation": encoder.representation,
-        "dtype": encoder.dtype,
-        "weights_sha256": ur_jax.weights_hash(encoder),
+        **loading.described(encoder),
         "probe": config.probe,
         "probe_sha256": checkpoints.tree_hash(trained),
         "probe_representation": read.representation,

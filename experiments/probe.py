@@ -24,7 +24,7 @@ import jax
 import tyro
 
 import ur_jax
-from ur_jax import checkpoints, data, hosts, probing, records, report, results, sharding
+from ur_jax import checkpoints, data, hosts, loading, probing, records, report, results, sharding
 from ur_jax.data import ViewConfig
 from ur_jax.probe import ProbeConfig
 
@@ -77,10 +77,7 @@ def main(config: Config) -> None:
     for source in (train_source, test_source):
         probing.check_classes(source)
     described = {
-        "encoder": encoder.name,
-        "representation": encoder.representation,
-        "dtype": encoder.dtype,
-        "weights_sha256": ur_jax.weights_hash(encoder),
+        **loading.described(encoder),
         "images": config.images,
         "listing_hash": train_source.listing_hash,
         "num_images": len(train_indices),

@@ -9,6 +9,7 @@ to; on several hosts, `compute` takes every `num_hosts`-th part, and `merge` rea
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -357,16 +358,19 @@ class _Parts:
         for eps in self.config.eps:
             attack = self.config.attack(eps, num_steps)
             for mode, stream in (("untargeted", _UNTARGETED), ("targeted", _TARGETED)):
-
-                def compute(batch, target=None):
-                    towards = None if target is None else self._encode(target)
-                    result = self._u_pgd(batch, stream, attack, towards)
-                    history = {name: getattr(result.history, name) for name in _HISTORY}
-                    return history | ({} if target is None else {"target": target.indices})
-
+                compute = functools.partial(self._history, stream, attack)
                 others = (targets,) if mode == "targeted" else ()
                 stage, title = f"{mode}_{eps:g}", f"{mode} attack, eps {eps:g}"
                 self._stage(stage, title, indices, compute, *others)
+
+    def _history(
+        self, stream: int, attack: AttackConfig, batch: ImageBatch, target: ImageBatch | None = None
+    ) -> dict[str, Any]:
+        """What is read of an attack, at each step."""
+        towards = None if target is None else self._encode(target)
+        result = self._u_pgd(batch, stream, attack, towards)
+        history = {name: getattr(result.history, name) for name in _HISTORY}
+        return history | ({} if target is None else {"target": target.indices})
 
     def overlap(self) -> None:
         """Disjoint pairs, each image attacked towards the other."""

@@ -191,6 +191,16 @@ def weights_hash(encoder: Encoder) -> str:
     return checkpoints.tree_hash(encoder.params)
 
 
+def described(encoder: Encoder) -> dict[str, str]:
+    """What identifies an encoder in a record: its name, output, dtype and weights."""
+    return {
+        "encoder": encoder.name,
+        "representation": encoder.representation,
+        "dtype": encoder.dtype,
+        "weights_sha256": weights_hash(encoder),
+    }
+
+
 def _encoder(spec, variables, config, representation, dtype, fold) -> Encoder:
     """The encoder of variables that are folded already, if `fold`."""
     output = {"paper": spec.paper, "features": spec.features}.get(representation, representation)

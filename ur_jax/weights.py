@@ -385,8 +385,10 @@ def _source_key(destination: str, spec: EncoderSpec, prefix: str) -> str:
     for rule in spec.rules:
         pattern = "(.+)".join(map(re.escape, re.split(r"\\\d", rule.destination)))
         if match := re.fullmatch(pattern, destination):
-            groups = iter(match.groups())
-            key = re.sub(r"\([^()]*\)", lambda _: next(groups, ""), rule.source).replace("\\", "")
+            key = rule.source
+            for group in match.groups():
+                key = re.sub(r"\([^()]*\)", lambda _, group=group: group, key, count=1)
+            key = re.sub(r"\([^()]*\)", "", key).replace("\\", "")
             forth = re.fullmatch(rule.source, key)
             if forth and forth.expand(rule.destination) == destination:
                 return f"{prefix}{key} "

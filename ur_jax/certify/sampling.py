@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -401,7 +402,7 @@ def stream(
             host = jax.device_get(rows._replace(images=None))
             for i in finished:
                 free.append(i)
-                at = jax.tree.map(lambda x: x[i], host)
+                at = jax.tree.map(operator.itemgetter(i), host)
                 yield Outcome(
                     int(at.index), int(at.pieces), at.counts, int(at.num_bad), at.extra, at.answer
                 )
