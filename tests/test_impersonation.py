@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 
 import impersonate
+import interrupted
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,25 +104,12 @@ def test_success_where_eps_suffices(config, tmp_path):
     assert Image.open(config.out / "impersonations.png").size[0] > 300
 
 
-def _stop_after(count):
-    """A progress bar that ends the process, as it were, before item `count`."""
-    left = itertools.count(count, -1)
-
-    def interrupted(iterable, *_):
-        for item in iterable:
-            if next(left) == 0:
-                raise KeyboardInterrupt
-            yield item
-
-    return interrupted
-
-
 def test_killed_and_resumed_and_bad_settings(config, tmp_path, monkeypatch):
     impersonate.main(config)
     killed = dataclasses.replace(config, out=tmp_path / "killed")
     for count in (1, 2):
         with monkeypatch.context() as patch:
-            patch.setattr(impersonate.command, "progress", _stop_after(count))
+            patch.setattr(impersonate.command, "progress", interrupted.stop_after(count))
             with pytest.raises(KeyboardInterrupt):
                 impersonate.main(killed)
     impersonate.main(killed)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import pathlib
 import sys
 
+import interrupted
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,19 +178,6 @@ def test_cached_features_train_the_same_probe(encoder, photos, tmp_path, kind, a
         np.testing.assert_allclose(alone[0]["kernel"], trained["kernel"], rtol=1e-4, atol=1e-5)
 
 
-def _stop_after(count):
-    """A progress bar that ends the process, as it were, before item `count`."""
-    left = itertools.count(count, -1)
-
-    def interrupted(iterable, *_):
-        for item in iterable:
-            if next(left) == 0:
-                raise KeyboardInterrupt
-            yield item
-
-    return interrupted
-
-
 # Amid training, again, and amid testing.
 @pytest.mark.parametrize("cached, stops", [(False, (5, 11, 3)), (True, (5, 4, 2))])
 def test_script_killed_and_resumed(script, encoder, photos, tmp_path, monkeypatch, cached, stops):
@@ -205,7 +192,7 @@ def test_script_killed_and_resumed(script, encoder, photos, tmp_path, monkeypatc
     killed = dataclasses.replace(config, out=tmp_path / "killed")
     for count in stops:
         with monkeypatch.context() as patch:
-            patch.setattr(script.command, "progress", _stop_after(count))
+            patch.setattr(script.command, "progress", interrupted.stop_after(count))
             with pytest.raises(KeyboardInterrupt):
                 script.main(killed)
     script.main(killed)

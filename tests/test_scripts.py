@@ -9,6 +9,7 @@ import json
 
 import command
 import evaluate
+import interrupted
 import jax
 import knn
 import numpy as np
@@ -40,19 +41,6 @@ def images(tmp_path_factory):
 def tiny(monkeypatch):
     """Encoder "demo" with a network of a few hundred weights."""
     monkeypatch.setitem(published.ENCODERS, "demo", tiny_encoder.SPEC)
-
-
-def _stop_after(count):
-    """A progress bar that ends the process, as it were, before item `count`."""
-    left = itertools.count(count, -1)
-
-    def interrupted(iterable, *_):
-        for item in iterable:
-            if next(left) == 0:
-                raise KeyboardInterrupt
-            yield item
-
-    return interrupted
 
 
 def _stop_at_row(row):
@@ -103,7 +91,7 @@ def test_train_then_knn_then_evaluate(tiny, images, tmp_path, monkeypatch, capsy
     out = tmp_path / "evaluated"
     config = evaluate.Config(encoder=encoder, images=images, out=out, protocol=protocol)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate.command, "progress", _stop_after(5))
+        patch.setattr(evaluate.command, "progress", interrupted.stop_after(5))
         with pytest.raises(KeyboardInterrupt):
             evaluate.main(config)
     assert not (out / "summary.json").exists()
