@@ -109,9 +109,9 @@ def settle(config: Config, encoder: ur_jax.Encoder, mesh: Mesh) -> EvaluationCon
     protocol, claim = config.protocol, records.as_folder(config.out) / "config.json"
     if protocol.batch_size is not None:
         return protocol
-    if claim.exists():
-        size = records.read_json(claim).get("protocol", {}).get("batch_size")
-    else:
+    begun = records.read_json(claim) if claim.exists() else {}
+    size = begun.get("protocol", {}).get("batch_size")
+    if size is None:
         fitting = evaluation.fit_batch_size(protocol, encoder, mesh, jax.process_count())
         size = int(hosts.on_all_hosts(fitting).min())
     return dataclasses.replace(protocol, batch_size=size)

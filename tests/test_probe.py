@@ -178,6 +178,18 @@ def test_cached_features_train_the_same_probe(encoder, photos, tmp_path, kind, a
         np.testing.assert_allclose(alone[0]["kernel"], trained["kernel"], rtol=1e-4, atol=1e-5)
 
 
+def test_hosts_encode_every_other_batch(encoder, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(probing.hosts, "on_all_hosts", lambda value: np.array([value, value]))
+    for host, own in ((1, {"000001"}), (0, {"000000", "000001", "000002"})):  # 21 images by 8
+        job = make_job(encoder, photos, tmp_path, num_draws=1, host=host, num_hosts=2)
+        if host == 1:  # it has nothing to begin with, as the other one's parts are not there
+            with pytest.raises(IndexError):
+                job.train()
+        else:
+            job.train()
+        assert {path.stem for path in (tmp_path / "parts" / "train_0").iterdir()} == own
+
+
 # Amid training, again, and amid testing.
 @pytest.mark.parametrize("cached, stops", [(False, (5, 11, 3)), (True, (5, 4, 2))])
 def test_script_killed_and_resumed(script, encoder, photos, tmp_path, monkeypatch, cached, stops):

@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ur_jax import hosts
 from ur_jax.records import is_in_bucket
 from ur_jax.types import PyTree
 
@@ -30,6 +31,8 @@ _PACKAGES = ("ur_jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 
 def save_encoder(path: str | os.PathLike, variables: PyTree, metadata: Mapping[str, Any]) -> None:
     """Writes the variables of a network as a checkpoint directory, all or nothing.
+
+    On several hosts all of them call it.
 
     Args:
       path: the directory to make; it must not exist.
@@ -41,15 +44,16 @@ def save_encoder(path: str | os.PathLike, variables: PyTree, metadata: Mapping[s
       ValueError: if something is at `path` already, or the metadata lack a field.
     """
     path = _absolute(path)
-    if path.exists() and not is_saved(path):
-        path.rmtree()
-    if path.exists():
+    if hosts.on_all_hosts(is_saved(path)).any():  # all have looked before one of them writes
         raise ValueError(f"Expected a new directory, but {path} exists; remove it or name another.")
     if missing := {"encoder", "config"} - set(metadata):
         raise ValueError(f"Expected metadata with {sorted(missing)}, got {sorted(metadata)}.")
     variables = jax.tree.map(np.asarray, variables)
     added = {"format": _FORMAT, "weights_sha256": tree_hash(variables), "versions": _versions()}
     record = json.loads(json.dumps({**metadata, **added}))
+    if hosts.is_first() and path.exists():
+        path.rmtree()  # half a checkpoint
+    hosts.on_all_hosts(True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, variables, custom_metadata=record)
 
@@ -98,9 +102,10 @@ def restore_encoder(path: str | os.PathLike) -> tuple[PyTree, dict[str, Any]]:
 
 
 def is_saved(path: str | os.PathLike) -> bool:
-    """Whether there is something at a path, and not what a killed process left in a bucket."""
+    """Whether there is something at a path, other than half a checkpoint in a bucket."""
     path = _absolute(path)
-    return path.exists() and (not is_in_bucket(path) or ocp.utils.is_checkpoint_finalized(path))
+    is_begun = is_in_bucket(path) and (path / "_CHECKPOINT_METADATA").exists()
+    return path.exists() and (not is_begun or ocp.utils.is_checkpoint_finalized(path))
 
 
 def tree_hash(tree: PyTree) -> str:

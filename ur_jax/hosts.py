@@ -49,7 +49,7 @@ def before_merge(num_hosts: int | None = None) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    failed = np.flatnonzero(num_hosts != 1 and on_all_hosts(error is not None))
+    failed = np.flatnonzero([] if num_hosts == 1 else on_all_hosts(error is not None))
     if error is not None:
         raise error
     if failed.size:

@@ -208,6 +208,3 @@ def overlap_risk(margins: Array) -> Array:
       float32 of the same shape; NaN where the margin is NaN.
     """
     return jnp.where(jnp.isnan(margins), margins, (margins < 0).astype(jnp.float32))
-
-
-# Breakaway risk and nearest-neighbour accuracy: one count over a streamed bank.

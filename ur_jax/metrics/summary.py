@@ -59,6 +59,3 @@ def summarise(name: str, values: ArrayLike, *, confidence: float = 0.95) -> Esti
     if bad:
         raise ValueError(f"Expected {name} of 0 or 1 per image, got {bad} others of {values.size}.")
     return proportion_interval(int(values.sum()), values.size, confidence=confidence)
-
-
-# Distances against the distribution of clean distances.
