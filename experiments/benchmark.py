@@ -37,8 +37,12 @@ from matrix import PRESETS, Config, label_of, make_plan
 from rich import box
 from rich.table import Table
 
-from ur_jax import compilation, hosts, loading, plan, records
-from ur_jax.plan import Plan, Stage
+from ur_jax import runs
+from ur_jax.devices import hosts
+from ur_jax.encoders import loading
+from ur_jax.performance import ahead
+from ur_jax.runs import plan
+from ur_jax.runs.plan import Plan, Stage
 
 # Floating-point operations per second, per CPU core or accelerator, before anything is measured:
 # rough, for planning. A U-PGD step of ResNet-20 reached 2.5e10 on a core; accelerators are counted
@@ -80,7 +84,7 @@ def main(config: Config) -> int:
 
 def plan_table(config: Config, whole: Plan, chosen: list[Stage]) -> Table:
     """The plan, with samples and time of what is to do."""
-    device = records.provenance()["device"]
+    device = runs.provenance()["device"]
     measured = plan.speed(config.workdir, device)
     speed = measured or assumed_speed()
     basis = "as measured here before" if measured else "assumed, nothing is measured yet"
@@ -154,11 +158,11 @@ def write_plan(config: Config, whole: Plan) -> None:
         words = ["python", "experiments/benchmark.py", "--preset", config.preset, *flags]
         stages = [s for s in whole.stages.values() if s.encoder == label_of(text)]
         planned = {
-            "schema": records.SCHEMA,
+            "schema": runs.SCHEMA,
             "command": shlex.join(words),
             "stages": {stage.name: stage.missing for stage in stages},
         }
-        records.write_json(config.workdir / label_of(text) / "plan.json", planned)
+        runs.write_json(config.workdir / label_of(text) / "plan.json", planned)
 
 
 def changed_flags(config: Any, default: Any, prefix: str = "--") -> list[str]:
@@ -185,7 +189,7 @@ def compile_only(config: Config) -> int:
     rows = []
     show: Callable[[str], None] = lambda text: command.console.print(text, highlight=False)
     for text in names:
-        for row in compilation.compile_encoder(
+        for row in ahead.compile_encoder(
             text.rpartition("=")[2],
             config.compile_only,
             protocol=config.protocol,
@@ -195,7 +199,7 @@ def compile_only(config: Config) -> int:
         ):
             show(f"  {row.memory / 2**30:.2f} GiB per chip, {row.seconds:.0f} s to compile")
             rows.append(row)
-    command.console.print(compilation.table(config.compile_only, rows))
+    command.console.print(ahead.table(config.compile_only, rows))
     return int(not all(row.fits for row in rows))
 
 

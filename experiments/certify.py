@@ -31,20 +31,16 @@ import jax
 import tyro
 
 import ur_jax
-from ur_jax import (
-    certification,
-    checkpoints,
-    data,
-    evaluation,
-    hosts,
-    loading,
-    records,
-    report,
-    results,
-)
-from ur_jax.certification import Figures
+from ur_jax import data, runs
 from ur_jax.certify import CenterConfig, RandomizedConfig
-from ur_jax.encoders import Encoder
+from ur_jax.devices import hosts
+from ur_jax.encoders import Encoder, checkpoints, loading
+from ur_jax.errors import UserError
+from ur_jax.jobs import certify as certification
+from ur_jax.jobs import label_free
+from ur_jax.jobs.certify import Figures
+from ur_jax.report import collect as results
+from ur_jax.report import plots as report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +121,11 @@ def compute(config: Config) -> tuple[certification.Job, dict[str, Any]]:
     else:
         probe_hash = None if probe is None else checkpoints.tree_hash(probe)
         described |= {"probe": config.probe, "probe_sha256": probe_hash}
-    run = records.open_run(config.out, described)
+    run = runs.open_run(config.out, described)
     bank = None
     if is_center and config.clean is not None:
         num_images = min(len(source), config.num_distribution)
-        bank = evaluation.open_bank(config.clean, described, num_images, certification.BANK_BATCH)
+        bank = label_free.open_bank(config.clean, described, num_images, certification.BANK_BATCH)
     job = certification.Job(
         encoder, source, indices, run, settings, probe, config.seed, command.progress, bank
     )
@@ -146,7 +142,7 @@ def compute(config: Config) -> tuple[certification.Job, dict[str, Any]]:
 def read_probe(probe: str | None, encoder: Encoder) -> dict[str, Any] | None:
     """Reads the probe that the flag names; None if it is "nearest", which has nothing to read."""
     if probe is None:
-        raise ValueError(
+        raise UserError(
             "Expected --probe with --method randomized: a checkpoint directory of a linear probe, "
             "or nearest, which needs no labels."
         )
@@ -181,12 +177,12 @@ def finish(config: Config, job: certification.Job, described: dict[str, Any]) ->
     """Writes the tables, the curves and the summary of all hosts' certificates."""
     result = job.finish(config.num_distribution)
     plot = report.plot_eps_out if config.method == "center" else report.plot_radii
-    certificates = records.read_table(config.out / "certificates.parquet")
+    certificates = runs.read_table(config.out / "certificates.parquet")
     plot(config.out / "curves.png", certificates)
-    records.write_json(
+    runs.write_json(
         config.out / "summary.json",
         {
-            **records.provenance(),
+            **runs.provenance(),
             "config": described,
             "metrics": results.named_rows(result.estimates),
             "samples": result.num_samples,

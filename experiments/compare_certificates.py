@@ -28,7 +28,8 @@ from ur_jax.certify import (
     nearest_image_classifier,
     randomized_smoothing,
 )
-from ur_jax.memory import fit_batch_size
+from ur_jax.devices.memory import fit_batch_size
+from ur_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Config:
 
     def __post_init__(self):
         if self.num_images < 2:
-            raise ValueError(
+            raise UserError(
                 f"Expected --num-images >= 2, got {self.num_images}: the images are the classes."
             )
 

@@ -18,10 +18,10 @@ import command
 import tyro
 from rich.table import Table
 
-from ur_jax import checkpoints, weights
-from ur_jax.encoders.published import ENCODERS
-from ur_jax.errors import unknown_name
-from ur_jax.loading import representation_dimensions
+from ur_jax.encoders import checkpoints, torch_files
+from ur_jax.encoders.loading import representation_dimensions
+from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.errors import UserError, unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Config:
         if self.list:
             return
         if missing := [k for k in ("encoder", "source", "out") if getattr(self, k) is None]:
-            raise ValueError(f"Expected --list, or also --{', --'.join(missing)}.")
+            raise UserError(f"Expected --list, or also --{', --'.join(missing)}.")
         valid = [name for name, spec in ENCODERS.items() if spec.rules]
         if self.encoder not in valid:
             raise unknown_name("encoder", self.encoder, valid)
@@ -55,12 +55,12 @@ def main(config: Config) -> None:
         command.console.print(encoder_table())
         return
     spec = ENCODERS[config.encoder]
-    published = weights.load_published(config.source, spec, prefix=config.prefix)
+    published = torch_files.load_published(config.source, spec, prefix=config.prefix)
     metadata = {
         "encoder": spec.name,
         "config": published.config,
         "source": config.source.name,
-        "source_sha256": weights.file_sha256(config.source),
+        "source_sha256": torch_files.file_sha256(config.source),
     }
     training = {"training": published.parts} if published.parts else {}
     checkpoints.save_encoder(config.out, published.variables | training, metadata)

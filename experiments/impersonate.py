@@ -23,20 +23,15 @@ import jax.numpy as jnp
 import tyro
 
 import ur_jax
-from ur_jax import (
-    checkpoints,
-    data,
-    hosts,
-    impersonation,
-    loading,
-    probing,
-    records,
-    report,
-    results,
-    sharding,
-)
+from ur_jax import data, devices, runs
 from ur_jax.certify import Classifier
-from ur_jax.impersonation import ImpersonationConfig
+from ur_jax.devices import hosts
+from ur_jax.encoders import checkpoints, loading
+from ur_jax.jobs import impersonate as impersonation
+from ur_jax.jobs import probe as probing
+from ur_jax.jobs.impersonate import ImpersonationConfig
+from ur_jax.report import collect as results
+from ur_jax.report import plots as report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +90,9 @@ def main(config: Config) -> None:
             (config.second, config.second_range),
         )
     )
-    mesh = sharding.data_mesh()
+    mesh = devices.data_mesh()
     impersonation.check_groups(groups, len(trained["bias"]))  # before the folder is claimed
-    sharding.check_divisible(config.attack.batch_size, mesh)
+    devices.check_divisible(config.attack.batch_size, mesh)
     described = {
         **loading.described(encoder),
         "probe": config.probe,
@@ -108,7 +103,7 @@ def main(config: Config) -> None:
         "groups": [group._asdict() for group in groups],
         "attack": config.attack,
     }
-    run = records.open_run(config.out, described)
+    run = runs.open_run(config.out, described)
     job = impersonation.Job(
         encoder, classifier, source, groups, run, config.attack,
         mesh=mesh, num_workers=config.num_workers, progress=command.progress,
@@ -117,10 +112,10 @@ def main(config: Config) -> None:
     successes, clean = job.measure()
     if not hosts.is_first():
         return
-    records.write_json(
+    runs.write_json(
         config.out / "summary.json",
         {
-            **records.provenance(),
+            **runs.provenance(),
             "config": described,
             "metrics": [
                 results.row(

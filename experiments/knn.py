@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ur_jax
-from ur_jax import data, metrics, records, sharding
+from ur_jax import data, devices, metrics, runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,9 @@ def represent(encoder, images):
 
 def main(config: Config) -> None:
     encoder = ur_jax.load_encoder(config.encoder, config.name, config.representation)
-    mesh = sharding.data_mesh()
-    sharding.check_divisible(config.batch_size, mesh)
-    placed = sharding.replicate(mesh, encoder)
+    mesh = devices.data_mesh()
+    devices.check_divisible(config.batch_size, mesh)
+    placed = devices.replicate(mesh, encoder)
 
     def features(spec, num_images, title):
         source = data.open_images(spec)
@@ -67,8 +67,8 @@ def main(config: Config) -> None:
         pixels, representations = [], []
         for start in command.progress(starts, title, len(starts)):
             batch = decoded.images[start : start + config.batch_size]
-            padded, mask = sharding.pad_batch(batch, config.batch_size)
-            outputs = represent(placed, sharding.shard(mesh, padded))
+            padded, mask = devices.pad_batch(batch, config.batch_size)
+            outputs = represent(placed, devices.shard(mesh, padded))
             for kept, output in zip((pixels, representations), outputs, strict=True):
                 kept.append(np.asarray(output)[mask])
         return np.concatenate(pixels), np.concatenate(representations), decoded.labels
@@ -88,8 +88,8 @@ def main(config: Config) -> None:
             highlight=False,
         )
     if config.out is not None:
-        described = {**records.provenance(), "weights_sha256": ur_jax.weights_hash(encoder)}
-        records.write_json(config.out, {**described, "config": config, "accuracy": result})
+        described = {**runs.provenance(), "weights_sha256": ur_jax.weights_hash(encoder)}
+        runs.write_json(config.out, {**described, "config": config, "accuracy": result})
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import probe
 
 import ur_jax
-from ur_jax import data, loading
+from ur_jax import data
 from ur_jax.certify import CenterConfig, RandomizedConfig
-from ur_jax.evaluation import EvaluationConfig
-from ur_jax.impersonation import ImpersonationConfig
-from ur_jax.plan import Plan, Stage
-from ur_jax.probe import ProbeConfig
+from ur_jax.encoders import loading
+from ur_jax.jobs.impersonate import ImpersonationConfig
+from ur_jax.jobs.label_free import EvaluationConfig
+from ur_jax.probes.linear import ProbeConfig
+from ur_jax.runs.plan import Plan, Stage
 
 PROBE_KINDS = ("standard", "noisy", "low_pass")
 _ATTACK_STEP = 3  # forward passes that a step costs, with its gradient

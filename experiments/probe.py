@@ -24,9 +24,14 @@ import jax
 import tyro
 
 import ur_jax
-from ur_jax import checkpoints, data, hosts, loading, probing, records, report, results, sharding
+from ur_jax import data, devices, runs
 from ur_jax.data import ViewConfig
-from ur_jax.probe import ProbeConfig
+from ur_jax.devices import hosts
+from ur_jax.encoders import checkpoints, loading
+from ur_jax.jobs import probe as probing
+from ur_jax.probes.linear import ProbeConfig
+from ur_jax.report import collect as results
+from ur_jax.report import plots as report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +77,8 @@ def main(config: Config) -> None:
             (test_source, config.num_test_images),
         )
     )
-    mesh = sharding.data_mesh()
-    sharding.check_divisible(config.training.batch_size, mesh)  # before the folder is claimed
+    mesh = devices.data_mesh()
+    devices.check_divisible(config.training.batch_size, mesh)  # before the folder is claimed
     for source in (train_source, test_source):
         probing.check_classes(source)
     described = {
@@ -89,7 +94,7 @@ def main(config: Config) -> None:
         "views": config.views,
         "training": config.training,
     }
-    run = records.open_run(config.out, described)
+    run = runs.open_run(config.out, described)
     job = probing.Job(
         encoder, train_source, train_indices, run, config.training, config.views,
         num_draws=config.num_draws if config.cached else None, seed=config.seed,
@@ -107,16 +112,16 @@ def main(config: Config) -> None:
             "class_names": train_source.class_names,
             "training": json.loads((config.out / "config.json").read_text()),
             "history": history,
-            "trained_with": records.provenance(),
+            "trained_with": runs.provenance(),
         }
         probing.save_probe(path, trained, encoder, known)
     accuracies = job.test(trained, test_source, test_indices)
     if not hosts.is_first():
         return
-    records.write_json(
+    runs.write_json(
         config.out / "summary.json",
         {
-            **records.provenance(),
+            **runs.provenance(),
             "config": described,
             "metrics": [results.row(a.metric, a.estimate, images=a.images) for a in accuracies],
             "history": history,

@@ -19,7 +19,10 @@ import command
 import jax
 import tyro
 
-from ur_jax import comparison, figures, page, plan, records, results
+from ur_jax import runs
+from ur_jax.report import collect as results
+from ur_jax.report import compare, figures, page
+from ur_jax.runs import plan
 
 _CONTENTS = {
     "labels-free": "Without labels",
@@ -45,7 +48,7 @@ def main(config: Config) -> None:
     found = results.collect(config.workdir)
     results.write_csv(config.workdir / "RESULTS.csv", found.rows)
     body = page.render(f"Robustness without labels: {config.workdir.name}", parts(config, found))
-    with records.atomic_path(config.workdir / "report.html") as temporary:
+    with runs.atomic_path(config.workdir / "report.html") as temporary:
         temporary.write_text(body, encoding="utf-8")
     command.console.print(
         f"{len(found.rows)} numbers of {len(found.summaries)} stages: "
@@ -76,7 +79,7 @@ def parts(config: Config, found: results.Results) -> Iterator[str]:
         "soft",
     )
     for name, labels in (("labels-free", False), ("labels", True)):
-        columns = comparison.columns(found.rows, labels=labels)
+        columns = compare.columns(found.rows, labels=labels)
         table = page.comparison_table(encoders, columns) if columns else nothing()
         yield page.section(_CONTENTS[name], name, legend if not labels else "", table)
     yield page.section(_CONTENTS["curves"], "curves", *curves(config.workdir, found, encoders))
@@ -89,7 +92,7 @@ def parts(config: Config, found: results.Results) -> Iterator[str]:
 
 def read_plan(workdir: Path) -> dict[str, dict[str, Any]]:
     """{encoder: its command, and stages with what they lack} that `benchmark.py` planned."""
-    return {path.parent.name: records.read_json(path) for path in workdir.glob("*/plan.json")}
+    return {path.parent.name: runs.read_json(path) for path in workdir.glob("*/plan.json")}
 
 
 def nothing() -> str:
@@ -107,8 +110,8 @@ def curves(workdir: Path, found: results.Results, encoders: list[str]) -> Iterat
         return page.figure(figures.to_svg(figure), caption, files)
 
     drawn = False
-    for eps in comparison.attack_radii(found.rows):
-        by_mode = comparison.attack_curves(workdir, summaries, eps)
+    for eps in compare.attack_radii(found.rows):
+        by_mode = compare.attack_curves(workdir, summaries, eps)
         if any(by_mode.values()):
             drawn = True
             yield show(
@@ -117,7 +120,7 @@ def curves(workdir: Path, found: results.Results, encoders: list[str]) -> Iterat
                 "Median over images, with its interval. Untargeted: robust is low; at 1 the image "
                 "has moved as far as two unrelated images are apart. Targeted: robust is high.",
             )
-    margins = comparison.margins(workdir, summaries)
+    margins = compare.margins(workdir, summaries)
     if margins:
         drawn = True
         yield show(
@@ -126,7 +129,7 @@ def curves(workdir: Path, found: results.Results, encoders: list[str]) -> Iterat
             "Pairs of images, each attacked towards the other. Below 0 the attacked images have "
             "passed each other.",
         )
-    accuracy = comparison.accuracy_curves(workdir, summaries)
+    accuracy = compare.accuracy_curves(workdir, summaries)
     if accuracy:
         drawn = True
         yield show(
@@ -138,7 +141,7 @@ def curves(workdir: Path, found: results.Results, encoders: list[str]) -> Iterat
             "certificate fails with probability alpha at most.",
         )
     panels = [
-        (label, comparison.divergence_curves(workdir, summaries, column))
+        (label, compare.divergence_curves(workdir, summaries, column))
         for column, label in (
             ("quantile", "certified divergence, quantile of clean distances"),
             ("normalised", "certified divergence / median clean distance"),
@@ -182,7 +185,7 @@ def pictures(workdir: Path, encoders: list[str]) -> Iterator[str]:
 
 def correlation(found: results.Results) -> Iterator[str]:
     """Rank correlation between measures without and with labels."""
-    pairs = list(comparison.correlations(found.rows))
+    pairs = list(compare.correlations(found.rows))
     if all(correlation is None for _, _, correlation, _ in pairs):
         yield page.paragraph(
             "A rank correlation needs at least 3 encoders with both a measure without labels and "

@@ -27,9 +27,12 @@ import benchmark
 import command
 import train
 
-from ur_jax import records, report, results
+from ur_jax import runs
 from ur_jax.attacks import AttackConfig
-from ur_jax.intervals import Estimate
+from ur_jax.errors import UserError
+from ur_jax.report import collect as results
+from ur_jax.report import plots as report
+from ur_jax.stats.intervals import Estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Config:
     def __post_init__(self):
         for split in ("train", "test"):
             if not (self.data / split).is_dir():
-                raise ValueError(f"Expected --data with a folder {split}/ in it, got {self.data}.")
+                raise UserError(f"Expected --data with a folder {split}/ in it, got {self.data}.")
 
 
 def main(config: Config) -> int:
@@ -73,7 +76,7 @@ def main(config: Config) -> int:
     table = report.encoder_table(
         headline(results.collect(config.workdir).rows), ("demo", *config.fine_tunings)
     )
-    with records.atomic_path(config.workdir / "table.md") as temporary:
+    with runs.atomic_path(config.workdir / "table.md") as temporary:
         temporary.write_text(report.as_markdown(table))
     command.console.print(f"The headline: {config.workdir / 'table.md'}", highlight=False)
     return status

@@ -3,7 +3,7 @@
     python experiments/throughput.py --against torch --out runs/throughput
 
 Writes to --out: `throughput.json` and `throughput.png`. Where only the core is installed (no tyro,
-no matplotlib), `python -m ur_jax.throughput` measures the same; --results shows what it wrote.
+no matplotlib), `python -m ur_jax.performance` measures the same; --results shows what it wrote.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import command
 
-from ur_jax import records, report, throughput
+from ur_jax import performance, runs
+from ur_jax.report import plots as report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Config:
     """A throughput.json measured elsewhere: shows it and draws its plot, and measures nothing."""
 
 
-PRESETS = {name: Config(preset=name) for name in throughput.PRESETS}
+PRESETS = {name: Config(preset=name) for name in performance.PRESETS}
 
 
 def main(config: Config) -> None:
@@ -53,28 +54,28 @@ def main(config: Config) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if config.results is not None:
         context = json.loads(config.results.read_text())
-        show(config, [throughput.Result(**result) for result in context.pop("results")], context)
+        show(config, [performance.Result(**result) for result in context.pop("results")], context)
         return
 
     def write(results, context):
         path = config.out / "throughput.json"
-        records.write_json(path, {**context, "results": results})
+        runs.write_json(path, {**context, "results": results})
         command.console.print(f"{results[-1].work}: {len(results)} measurements so far")
 
-    show(config, *throughput.run(
+    show(config, *performance.run(
         sweeps(config), against=config.against, budget=config.budget, on_results=write
     ))  # fmt: skip
 
 
-def sweeps(config: Config) -> list[throughput.Sweep]:
+def sweeps(config: Config) -> list[performance.Sweep]:
     """The preset's sweeps, or its first one changed by the flags that were given."""
-    preset = throughput.PRESETS[config.preset]
+    preset = performance.PRESETS[config.preset]
     names = ("works", "encoders", "dtypes", "batch_sizes", "repeats")
     given = {name: value for name in names if (value := getattr(config, name))}
     return [dataclasses.replace(preset[0], **given)] if given else list(preset)
 
 
-def show(config: Config, results: list[throughput.Result], context: dict) -> None:
+def show(config: Config, results: list[performance.Result], context: dict) -> None:
     """Prints the table and draws the plot."""
     versions = ", ".join(f"{name} {version}" for name, version in context["versions"].items())
     title = f"{context['num_devices']} x {context['device']}, {context['date']}, {versions}"

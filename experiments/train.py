@@ -23,11 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from ur_jax import augment, checkpoints, data, loading, records, report, sharding, training
+from ur_jax import data, devices, runs, training
 from ur_jax.attacks import AttackConfig
-from ur_jax.encoders.published import ENCODERS
-from ur_jax.encoders.spec import EncoderSpec
-from ur_jax.errors import unknown_name
+from ur_jax.encoders import checkpoints, loading
+from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo.spec import EncoderSpec
+from ur_jax.errors import UserError, unknown_name
+from ur_jax.report import plots as report
+from ur_jax.training import views as augment
 from ur_jax.training.loop import LoopConfig, train
 
 
@@ -164,7 +167,7 @@ def main(config: Config) -> None:
         "num_readable": images.num_images,
         "init_sha256": checkpoints.tree_hash(variables) if config.init else None,
     }
-    records.open_run(config.out, described)
+    runs.open_run(config.out, described)
     if checkpoints.is_saved(config.out / "encoder"):
         command.console.print(f"{config.out} is finished; nothing was left to do.")
         return
@@ -175,7 +178,7 @@ def main(config: Config) -> None:
         state = train(
             method, optimizer, adversary, state, images, config.out, step_key,
             config=loop,
-            mesh=sharding.data_mesh(jax.devices()),
+            mesh=devices.data_mesh(jax.devices()),
             on_metrics=lambda row: update(row["step"], f"loss {row['loss']:.4f}"),
             on_epoch=lambda epoch, samples: report.plot_views(
                 config.out / "samples" / f"epoch-{epoch:03d}.png", *samples
@@ -186,7 +189,7 @@ def main(config: Config) -> None:
         "encoder": loaded.spec.name,
         "config": loaded.config,
         "training": described | {"steps": int(state.step)},
-        "trained_with": records.provenance(),
+        "trained_with": runs.provenance(),
     }
     checkpoints.save_encoder(config.out / "encoder", trained, provenance)
     command.console.print(f"Encoder written to {config.out / 'encoder'}", highlight=False)
@@ -195,11 +198,9 @@ def main(config: Config) -> None:
 def check(config: Config) -> None:
     """Raises ValueError for flags that do not go together."""
     if config.method == "fare" and config.init is None:
-        raise ValueError(
-            "Expected --init with --method fare: it keeps a trained encoder's outputs."
-        )
+        raise UserError("Expected --init with --method fare: it keeps a trained encoder's outputs.")
     if config.init is None and config.start_epoch:
-        raise ValueError(f"Expected --init with --start-epoch {config.start_epoch:g}, got none.")
+        raise UserError(f"Expected --init with --start-epoch {config.start_epoch:g}, got none.")
 
 
 def initial(config: Config) -> loading.Loaded:

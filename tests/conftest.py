@@ -51,10 +51,10 @@ def mocov2_encoder(shared_dir):
 
     import reference_rules
 
-    from ur_jax import loading, weights
-    from ur_jax.encoders.published import ENCODERS
+    from ur_jax.encoders import loading, torch_files
+    from ur_jax.encoders.zoo.published import ENCODERS
 
     layout = json.loads((shared_dir / "golden" / "mocov2.layout.json").read_text())
     spec = ENCODERS["mocov2"]
-    published = weights.map_tensors(reference_rules.state_dict(layout), spec)
+    published = torch_files.map_tensors(reference_rules.state_dict(layout), spec)
     return loading.make_encoder(spec, published.variables, published.config)

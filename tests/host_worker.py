@@ -36,26 +36,28 @@ import matrix  # noqa: E402
 import numpy as np  # noqa: E402
 import tiny_encoder  # noqa: E402
 
-from ur_jax import data, loading, probing, records  # noqa: E402
+from ur_jax import data, runs  # noqa: E402
 from ur_jax.certify import CenterConfig, RandomizedConfig  # noqa: E402
-from ur_jax.encoders import published  # noqa: E402
-from ur_jax.evaluation import EvaluationConfig  # noqa: E402
-from ur_jax.impersonation import ImpersonationConfig  # noqa: E402
-from ur_jax.probe import ProbeConfig  # noqa: E402
+from ur_jax.encoders import loading  # noqa: E402
+from ur_jax.encoders.zoo import published  # noqa: E402
+from ur_jax.jobs import probe as probing  # noqa: E402
+from ur_jax.jobs.impersonate import ImpersonationConfig  # noqa: E402
+from ur_jax.jobs.label_free import EvaluationConfig  # noqa: E402
+from ur_jax.probes.linear import ProbeConfig  # noqa: E402
 
 published.ENCODERS["demo"] = tiny_encoder.SPEC
 evaluate.plot = lambda *_: None  # figures take half of the time
 impersonate.report.plot_impersonation = lambda *_: None
 benchmark.report.parts = lambda *_: iter(())
 if int(die_after):
-    write_part, left = records.Run.write_part, itertools.count(int(die_after), -1)
+    write_part, left = runs.Run.write_part, itertools.count(int(die_after), -1)
 
     def write_or_die(self, *arguments):
         if next(left) == 0:
             os._exit(9)
         write_part(self, *arguments)
 
-    records.Run.write_part = write_or_die
+    runs.Run.write_part = write_or_die
 
 TRAINING = ProbeConfig(num_epochs=2, learning_rate=0.1, batch_size=8, batch_norm=True)
 config = benchmark.Config(
@@ -84,7 +86,7 @@ code = benchmark.main(config)
 source = data.open_images(config.images)
 job = probing.Job(
     loading.load_encoder(f"{folder}/encoder", representation="features"), source,
-    np.arange(len(source)), records.open_run(Path(workdir, "streamed"), {}), TRAINING,
+    np.arange(len(source)), runs.open_run(Path(workdir, "streamed"), {}), TRAINING,
     data.ViewConfig(augment=True), host=int(host), num_hosts=int(num_hosts),
 )  # fmt: skip
 trained, history = job.train()

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ur_jax import records, results
-from ur_jax.intervals import Estimate, median_interval, proportion_interval
+from ur_jax import runs
+from ur_jax.report import collect as results
+from ur_jax.stats.intervals import Estimate, median_interval, proportion_interval
 
 ENCODERS = (
     *("amdim", "mae", "moco_nonsem", "mocov2", "mocov2_loss", "mocov2_targeted"),
@@ -41,10 +42,10 @@ def make(
             num_images, num_steps, num_certified, num_test, pictures
         )
     stages = sorted(path.parent.name for path in (workdir / encoders[0]).glob("*/summary.json"))
-    planned = {"schema": records.SCHEMA, "command": "python experiments/benchmark.py"}
+    planned = {"schema": runs.SCHEMA, "command": "python experiments/benchmark.py"}
     planned["stages"] = dict.fromkeys(stages, "")
     for encoder in encoders:
-        records.write_json(workdir / encoder / "plan.json", planned)
+        runs.write_json(workdir / encoder / "plan.json", planned)
 
 
 class _Encoder:
@@ -62,7 +63,7 @@ class _Encoder:
         ]  # fmt: skip
         levels = np.arange(1, 1000) / 1000
         columns = {"level": levels} | {f"dist_{d}": scale * (0.5 + levels) for d in DIVERGENCES}
-        records.write_table(self.folder / "distances" / "distances.parquet", columns)
+        runs.write_table(self.folder / "distances" / "distances.parquet", columns)
         self.summary("distances", clean)
         for eps in (0.05, 0.1):
             self.attacks(eps, scale, num_images, num_steps)
@@ -75,7 +76,7 @@ class _Encoder:
                 "index": np.arange(num_test), "label": np.zeros(num_test, np.int32),
                 "predicted": np.where(hits, 0, 1), "rank": np.where(hits, 0, 7),
             }  # fmt: skip
-            records.write_table(self.folder / f"probe-{kind}" / "predictions.parquet", rows)
+            runs.write_table(self.folder / f"probe-{kind}" / "predictions.parquet", rows)
             estimate = proportion_interval(int(hits.sum()), num_test)
             row = results.row("top_1_accuracy", estimate, images=kind)
             self.summary(f"probe-{kind}", [row])
@@ -123,7 +124,7 @@ class _Encoder:
                         row = results.row(name, estimate, divergence=d, eps=eps, step=step)
                         rows.append(row)
         joined = {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
-        records.write_table(self.folder / stage / "attacks.parquet", joined)
+        runs.write_table(self.folder / stage / "attacks.parquet", joined)
         self.summary(stage, rows)
 
     def overlap(self, scale, num_images) -> None:
@@ -132,7 +133,7 @@ class _Encoder:
         columns = {"first": np.arange(num_images), "second": np.arange(num_images)}
         for d in DIVERGENCES:
             columns |= {f"margin_{d}": margin, f"clean_dist_{d}": clean}
-        records.write_table(self.folder / "overlap" / "pairs.parquet", columns)
+        runs.write_table(self.folder / "overlap" / "pairs.parquet", columns)
         risk = proportion_interval(int((margin < 0).sum()), num_images)
         at = {"divergence": "l2", "eps": 0.05, "step": 10}
         rows = [results.row("adversarial_margin", median_interval(margin), **at)]
@@ -141,7 +142,7 @@ class _Encoder:
     def breakaway(self, num_images, pictures) -> None:
         rank = self.rng.geometric(1.0 - 0.9 * self.weakness, num_images) - 1
         columns = {"image": np.arange(num_images), "rank": rank}
-        records.write_table(self.folder / "breakaway" / "neighbours.parquet", columns)
+        runs.write_table(self.folder / "breakaway" / "neighbours.parquet", columns)
         at = {"divergence": "l2", "eps": 0.05, "step": 25}
         share = rank.mean() / 1000
         rows = [
@@ -164,7 +165,7 @@ class _Encoder:
             "distances": list(self.rng.random((number, 50))),
         }  # fmt: skip
         path = self.folder / "certified-divergence"
-        records.write_table(path / "certificates.parquet", columns)
+        runs.write_table(path / "certificates.parquet", columns)
         rows = [results.row("median_quantile", median_interval(quantile))]
         certified = proportion_interval(int((~abstained).sum()), number)
         self.summary("certified-divergence", [*rows, results.row("certified", certified)])
@@ -177,7 +178,7 @@ class _Encoder:
             "label": label, "predicted": predicted,
         }  # fmt: skip
         path = self.folder / "certified-accuracy"
-        records.write_table(path / "certificates.parquet", columns)
+        runs.write_table(path / "certificates.parquet", columns)
         rows = []
         for at in (0.0, 0.1, 0.25, 0.5, 0.75, 0.9):
             hits = int(((radius >= at) & (radius > 0) & (predicted == label)).sum())
@@ -196,11 +197,11 @@ class _Encoder:
     def summary(self, stage: str, rows: list) -> None:
         """Writes the summary and the plan's record of a stage."""
         config = {"encoder": self.folder.name, "weights_sha256": "0" * 64, "stage": stage}
-        summary = {**records.provenance(), "config": config, "metrics": rows, "unreadable": {}}
-        records.write_json(self.folder / stage / "summary.json", summary)
+        summary = {**runs.provenance(), "config": config, "metrics": rows, "unreadable": {}}
+        runs.write_json(self.folder / stage / "summary.json", summary)
         record = {"fingerprint": "0" * 16, "finished": True, "sessions": 1, "seconds": 12.5}
         record |= {"hosts": 1, "device": "made up", "work": None, "samples": 1}
-        records.write_json(self.folder / f"{stage}.json", record)
+        runs.write_json(self.folder / f"{stage}.json", record)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ur_jax import checkpoints
-from ur_jax.encoders import published
-from ur_jax.encoders.heads import MocoV2Head
-from ur_jax.encoders.layers import NormConfig
-from ur_jax.encoders.networks import Network
-from ur_jax.encoders.resnet import BasicBlock, ResNet
+from ur_jax.encoders import checkpoints
+from ur_jax.encoders.networks.heads import MocoV2Head
+from ur_jax.encoders.networks.layers import NormConfig
+from ur_jax.encoders.networks.network import Network
+from ur_jax.encoders.networks.resnet import BasicBlock, ResNet
+from ur_jax.encoders.zoo import published
 
 SIZE = (8, 8)
 

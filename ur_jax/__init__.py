@@ -1,11 +1,16 @@
 """Robustness of representation encoders, measured, certified and improved without labels."""
 
+import importlib.metadata
+
 from ur_jax.attacks import AttackConfig, loss_pgd, u_fgsm, u_pgd
 from ur_jax.encoders import Encoder, from_fn
-from ur_jax.encoders.published import list_encoders
-from ur_jax.loading import load_encoder, weights_hash
+from ur_jax.encoders.loading import load_encoder, weights_hash
+from ur_jax.encoders.zoo.published import list_encoders
+
+__version__ = importlib.metadata.version("ur_jax")
 
 __all__ = [
+    "__version__",
     "AttackConfig",
     "Encoder",
     "from_fn",

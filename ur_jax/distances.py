@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ur_jax.errors import unknown_name
+from ur_jax.errors import UserError, unknown_name
 from ur_jax.types import Array, PyTree
 
 DIVERGENCES = ("l1", "l2", "linf", "cosine")
@@ -54,7 +54,7 @@ def distance(a: Array, b: Array, *, divergence: str = "l2") -> Array:
     check_divergence(divergence)
     check_representations(a=a, b=b)
     if a.shape != b.shape:
-        raise ValueError(f"Expected a and b of equal shape, got {a.shape} and {b.shape}.")
+        raise UserError(f"Expected a and b of equal shape, got {a.shape} and {b.shape}.")
     return _distance(a, b, divergence=divergence)
 
 
@@ -105,7 +105,7 @@ def pairwise_distances(a: Array, b: Array | None = None, *, divergence: str = "l
     check_representations(a=a, **({} if b is None else {"b": b}))
     if a.ndim != 2 or (b is not None and (b.ndim != 2 or a.shape[1] != b.shape[1])):
         shapes = a.shape if b is None else (a.shape, b.shape)
-        raise ValueError(f"Expected a [M, D] and b [N, D], got shapes {shapes}.")
+        raise UserError(f"Expected a [M, D] and b [N, D], got shapes {shapes}.")
     return _pairwise_distances(a, b, divergence=divergence)
 
 
@@ -214,8 +214,8 @@ def check_representations(**arrays: Array | np.ndarray) -> None:
     for name, array in arrays.items():
         dtype, shape = getattr(array, "dtype", type(array).__name__), np.shape(array)
         if dtype != np.float32:
-            raise ValueError(
+            raise UserError(
                 f"Expected {name} to be a float32 array, got {dtype}; use {name}.astype('float32')."
             )
         if not shape or 0 in shape:
-            raise ValueError(f"Expected {name} of shape [..., D], none empty, got {shape}.")
+            raise UserError(f"Expected {name} of shape [..., D], none empty, got {shape}.")

@@ -12,12 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ur_jax.certify.center import CenterCertificate, center_smoothing, eps_out_from_counts
-from ur_jax.certify.classifiers import (
-    Classifier,
-    check_labels,
-    nearest_image_classifier,
-    num_classes,
-)
 from ur_jax.certify.configs import CenterConfig, RandomizedConfig
 from ur_jax.certify.randomized import (
     Prediction,
@@ -30,6 +24,7 @@ from ur_jax.certify.randomized import (
     smoothed_predictions,
 )
 from ur_jax.encoders.base import Encoder
+from ur_jax.probes.classifier import Classifier, check_labels, nearest_image_classifier, num_classes
 from ur_jax.types import Array, Key
 
 __all__ = [

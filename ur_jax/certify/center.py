@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ur_jax.certify.adaptive import Table, level_table, looking_times
-from ur_jax.certify.bounds import (
+from ur_jax.certify.configs import CenterConfig
+from ur_jax.certify.enclosing import enclose
+from ur_jax.certify.sampling import Rows, sample_outputs, stream
+from ur_jax.devices import data_mesh, replicate
+from ur_jax.distances import distance
+from ur_jax.encoders.base import Encoder
+from ur_jax.stats.bounds import (
     accepting_count,
     clopper_pearson_lower,
     confidence_sequence,
     hoeffding_level,
 )
-from ur_jax.certify.configs import CenterConfig
-from ur_jax.certify.enclosing import enclose
-from ur_jax.certify.sampling import Rows, sample_outputs, stream
-from ur_jax.distances import distance
-from ur_jax.encoders.base import Encoder
-from ur_jax.sharding import data_mesh, replicate
+from ur_jax.stats.sequences import Table, level_table, looking_times
 from ur_jax.types import Array, Key
 
 _GRID_BELOW, _GRID_SIZE = 16, 64

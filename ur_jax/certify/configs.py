@@ -9,7 +9,9 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from ur_jax.certify.bounds import (
+from ur_jax.certify.enclosing import smallest_n0
+from ur_jax.errors import UserError, unknown_name
+from ur_jax.stats.bounds import (
     accepting_count,
     check_level,
     check_positive,
@@ -17,8 +19,6 @@ from ur_jax.certify.bounds import (
     hoeffding_level,
     order_statistic_rank,
 )
-from ur_jax.certify.enclosing import smallest_n0
-from ur_jax.errors import unknown_name
 
 CENTER_BOUNDS = ("exact", "hoeffding", "union", "betting")
 RANDOMIZED_BOUNDS = ("exact", "union", "betting")
@@ -71,17 +71,17 @@ class CenterConfig:
         check_probability("alpha1", self.alpha1)
         check_probability("alpha2", self.alpha2)
         if not 0.0 < self.delta < 0.5:
-            raise ValueError(f"Expected delta in (0, 0.5), got {self.delta}; the paper has 0.05.")
+            raise UserError(f"Expected delta in (0, 0.5), got {self.delta}; the paper has 0.05.")
         if self.bound not in CENTER_BOUNDS:
             raise unknown_name("bound", self.bound, CENTER_BOUNDS)
         if self.divergence not in METRICS:
-            raise ValueError(
+            raise UserError(
                 f"Expected a divergence that is a metric ({', '.join(METRICS)}), got "
                 f"{self.divergence!r}: the certificate needs the triangle inequality. For cosine, "
                 "normalise the representations and use l2: its square is twice the cosine distance."
             )
         if any(not 0 < v < math.inf for v in self.eps_out_values):
-            raise ValueError(f"Expected finite eps_out_values > 0, got {self.eps_out_values}.")
+            raise UserError(f"Expected finite eps_out_values > 0, got {self.eps_out_values}.")
         self._check_n0()
         check_level(self.level, f"eps_in {self.eps_in:g}", self.sigma)
         if self.bound == "hoeffding":
@@ -111,7 +111,7 @@ class CenterConfig:
         else:
             needed = smallest_n0(self.delta, self.alpha1 / 2)
         if self.n0 < needed:
-            raise ValueError(
+            raise UserError(
                 f"Expected n0 >= {needed} for a center at delta {self.delta:g} and alpha1 "
                 f"{self.alpha1:g}, got {self.n0}. Use n0 = {needed} or more, or a larger delta."
             )
@@ -153,7 +153,7 @@ class RandomizedConfig:
         if self.bound not in RANDOMIZED_BOUNDS:
             raise unknown_name("bound", self.bound, RANDOMIZED_BOUNDS)
         if any(not 0 <= r < math.inf for r in self.radii):
-            raise ValueError(f"Expected finite radii >= 0 in pixel units, got {self.radii}.")
+            raise UserError(f"Expected finite radii >= 0 in pixel units, got {self.radii}.")
         if self.tolerance is not None:
             check_positive("tolerance", self.tolerance)
         share = self.alpha if self.bound == "exact" else self.alpha / 2
@@ -162,7 +162,7 @@ class RandomizedConfig:
             check_level(level, f"radius {radius:g}", self.sigma)
             if int(accepting_count(self.n, level, share)) > self.n:
                 needed = math.ceil(math.log(share) / math.log(level))
-                raise ValueError(
+                raise UserError(
                     f"Expected n >= {needed} to certify radius {radius:g} at sigma {self.sigma:g} "
                     f"and alpha {self.alpha:g}, got {self.n}: not even {self.n} successes would "
                     f"do. Use n = {needed} or more, or smaller radii."

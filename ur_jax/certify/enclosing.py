@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from scipy import stats
 
+from ur_jax.devices import DATA_AXIS
 from ur_jax.distances import distance, pairwise_distances
 from ur_jax.encoders.base import Encoder
-from ur_jax.sharding import DATA_AXIS
 from ur_jax.types import Array
 
 _ROW_BLOCK = 128
@@ -73,7 +73,7 @@ def enclose(
       representations: [n, D] float32, the samples.
       rank: rank of the estimate among the distances from the center, counted from 1.
       divergence: a name of `ur_jax.distances` that is a metric.
-      mesh: mesh of `ur_jax.sharding.data_mesh`.
+      mesh: mesh of `ur_jax.devices.data_mesh`.
 
     Reference: Kumar and Goldstein (2021), section 3.1 (a 2-approximation of the ball).
     """
@@ -94,7 +94,7 @@ def median_distances(representations: Array, *, divergence: str, mesh: Mesh) -> 
     Args:
       representations: [n, D] float32, finite.
       divergence: a name of `ur_jax.distances`.
-      mesh: mesh of `ur_jax.sharding.data_mesh`.
+      mesh: mesh of `ur_jax.devices.data_mesh`.
 
     Returns:
       [n] float32: the ceil(n / 2)-th smallest distance, the sample itself (at 0) included. Memory

@@ -12,12 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy import stats
 
-from ur_jax.certify.adaptive import Table, level_table, looking_times, tolerance_table
-from ur_jax.certify.bounds import clopper_pearson_lower, confidence_sequence
-from ur_jax.certify.classifiers import num_classes
 from ur_jax.certify.configs import RandomizedConfig
 from ur_jax.certify.sampling import Rows, num_selection_pieces, stream
-from ur_jax.sharding import data_mesh
+from ur_jax.devices import data_mesh
+from ur_jax.probes.classifier import num_classes
+from ur_jax.stats.bounds import clopper_pearson_lower, confidence_sequence
+from ur_jax.stats.sequences import Table, level_table, looking_times, tolerance_table
 from ur_jax.types import Array, Key
 
 _NEVER = np.iinfo(np.int32).max

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from ur_jax.sharding import DATA_AXIS, replicate
+from ur_jax.devices import DATA_AXIS, replicate
 from ur_jax.types import Array, Key, PyTree
 
 
@@ -100,7 +100,7 @@ def sample_outputs(
       n: number of samples.
       sigma: standard deviation of the noise, in pixel units.
       clip: whether noisy images are clipped to [0,1].
-      mesh: mesh of `ur_jax.sharding.data_mesh`.
+      mesh: mesh of `ur_jax.devices.data_mesh`.
       batch_size: samples per device and forward pass.
 
     Returns:
@@ -232,7 +232,7 @@ def advance(
       max_rounds: integer scalar, rounds to do at most.
       low_water: integer scalar >= 1, number of undecided images to go on for.
       method: what to observe and how to decide.
-      mesh: mesh of `ur_jax.sharding.data_mesh`.
+      mesh: mesh of `ur_jax.devices.data_mesh`.
       num_slots: pieces per round.
       batch_size: samples per device and forward pass.
 
@@ -361,7 +361,7 @@ def stream(
       method: what to observe and how to decide.
       tables: thresholds for `method.decide`.
       answer: the answer of an image before its first piece.
-      mesh: mesh of `ur_jax.sharding.data_mesh`.
+      mesh: mesh of `ur_jax.devices.data_mesh`.
       batch_size: samples per device and forward pass.
       seconds: time between two looks of the host, roughly.
       on_progress: called after each look with the number of samples evaluated since the last.

@@ -34,10 +34,10 @@ from ur_jax.data.pixels import (
     resize_shorter,
 )
 from ur_jax.data.prepared import TfdsSource
+from ur_jax.data.probe_views import PROBE_KINDS, ProbeViews, ViewConfig
 from ur_jax.data.shuffled import ShuffledImages
 from ur_jax.data.sources import DemoSource, Example, FolderSource, ImageSource
-from ur_jax.data.views import PROBE_KINDS, ProbeViews, ViewConfig
-from ur_jax.errors import unknown_name
+from ur_jax.errors import UserError, unknown_name
 
 __all__ = [
     "PROBE_KINDS",
@@ -93,7 +93,7 @@ def open_images(spec: str, *, data_dir: str | os.PathLike[str] | None = None) ->
             return TfdsSource(*match.groups(), data_dir=data_dir)
     if scheme not in ("demo", "folder", "tfds"):
         raise unknown_name("image spec", spec, ("tfds:NAME/SPLIT", "folder:PATH", "demo"))
-    raise ValueError(
+    raise UserError(
         f"Malformed image spec {spec!r}: expected tfds:NAME/SPLIT (as in tfds:cifar10/test), "
         "folder:PATH (as in folder:./photos) or demo."
     )

@@ -13,7 +13,7 @@ from absl import flags
 
 from ur_jax.data.pixels import PREPARATIONS, prepare
 from ur_jax.data.sources import ImageSource
-from ur_jax.errors import unknown_name
+from ur_jax.errors import UserError, unknown_name
 
 
 class Unreadable(NamedTuple):
@@ -75,9 +75,9 @@ def evenly_spaced(total: int, n: int) -> np.ndarray:
     Reference: section 4 of the paper's protocol; the authors' code computes the same.
     """
     if n < 1:
-        raise ValueError(f"Expected at least 1 sample, got {n}.")
+        raise UserError(f"Expected at least 1 sample, got {n}.")
     if n > total:
-        raise ValueError(
+        raise UserError(
             f"Asked for {n} samples of a listing of {total} images; ask for at most {total}, or "
             "give more images."
         )
@@ -228,23 +228,23 @@ def _dataset(
     """Checks the arguments and builds the Grain pipeline of uint8 batches."""
     indices = np.asarray(indices, np.int64)
     if indices.ndim != 1:
-        raise ValueError(f"Expected a flat list of indices, got shape {indices.shape}.")
+        raise UserError(f"Expected a flat list of indices, got shape {indices.shape}.")
     if indices.size and not (0 <= indices.min() and indices.max() < len(source)):
-        raise ValueError(
+        raise UserError(
             f"Expected indices in [0, {len(source)}) for {source.spec!r}, got "
             f"{indices.min()} to {indices.max()}."
         )
     if len(input_size) != 2 or min(input_size) < 1:
-        raise ValueError(f"Expected input_size as positive (height, width), got {input_size}.")
+        raise UserError(f"Expected input_size as positive (height, width), got {input_size}.")
     if preparation not in PREPARATIONS:
         raise unknown_name("preparation", preparation, PREPARATIONS)
     if batch_size < 1 or num_workers < 0:
-        raise ValueError(
+        raise UserError(
             f"Expected batch_size >= 1 and num_workers >= 0, got {batch_size} and {num_workers}."
         )
     num_batches = -(-len(indices) // batch_size)
     if not 0 <= start <= num_batches:
-        raise ValueError(
+        raise UserError(
             f"Expected start in [0, {num_batches}], the number of batches, got {start}."
         )
     batches = _Batches(source, indices, tuple(input_size), preparation, batch_size, start)

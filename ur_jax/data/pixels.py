@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ur_jax.errors import unknown_name
+from ur_jax.errors import UserError, unknown_name
 
 PREPARATIONS = ("resize", "resize_crop")
 
@@ -18,7 +18,7 @@ def decode(file: BinaryIO) -> Image.Image:
         with Image.open(file) as image:
             return image.convert("RGB")
     except UnidentifiedImageError:  # its own message names an object's address, new in every run
-        raise ValueError("not an image in a format that Pillow reads") from None
+        raise UserError("not an image in a format that Pillow reads") from None
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -38,7 +38,7 @@ def resize_shorter(image: Image.Image, shorter: int) -> Image.Image:
     """
     longer = int(shorter * max(image.size) / min(image.size))
     if Image.MAX_IMAGE_PIXELS and shorter * longer > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(
+        raise UserError(
             f"Expected an image that stays below {Image.MAX_IMAGE_PIXELS} pixels when its shorter "
             f"side becomes {shorter}, got {image.width}x{image.height}; crop it beforehand."
         )

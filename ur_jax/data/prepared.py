@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from ur_jax.data.pixels import decode
 from ur_jax.data.sources import Example, ImageSource
-from ur_jax.errors import unknown_name
+from ur_jax.errors import UserError, unknown_name
 
 
 class TfdsSource(ImageSource):
@@ -33,7 +33,7 @@ class TfdsSource(ImageSource):
         self._image = _only(images, "image")
         self._label = _only(labels, "label")
         if self._image is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.spec!r}: expected a data set with an image feature 'image', found features "
                 f"{', '.join(features)}; choose an image classification data set."
             )
@@ -44,12 +44,12 @@ class TfdsSource(ImageSource):
         try:
             subset = builder.info.splits[split]
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.spec!r}: {error} Expected a split such as test, train[:10%] or train+test."
             ) from error
         missing = [path.name for path in subset.filepaths if not path.exists()]
         if missing or not subset.num_examples:
-            raise ValueError(
+            raise UserError(
                 f"{self.spec!r}: expected a split with images, all its files in "
                 f"{builder.data_dir}; it has {subset.num_examples} images and misses "
                 f"{missing[:3] or 'no file'}; choose a larger slice or prepare the data set again."
@@ -59,7 +59,7 @@ class TfdsSource(ImageSource):
                 split, decoders={key: tfds.decode.SkipDecoding() for key in images}
             )
         except NotImplementedError as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.spec!r}: expected the random-access format array_record in "
                 f"{builder.data_dir}; convert it with `tfds convert_format "
                 f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record`."
@@ -92,7 +92,7 @@ def _prepared_builder(spec: str, name: str, data_dir: str | os.PathLike[str] | N
     if data_dir is not None and (Path(data_dir) / "dataset_info.json").is_file():
         builder = tfds.builder_from_directory(data_dir)
         if builder.name != re.split("[/:]", name)[0]:
-            raise ValueError(
+            raise UserError(
                 f"{spec!r}: {data_dir} holds the data set {builder.name!r}; write tfds:"
                 f"{builder.name}/SPLIT or give another data_dir."
             )
@@ -103,17 +103,17 @@ def _prepared_builder(spec: str, name: str, data_dir: str | os.PathLike[str] | N
         known = tfds.list_builders(with_community_datasets=False)  # too many to list them all
         near = difflib.get_close_matches(re.split("[/:]", name)[0], known)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-        raise ValueError(
+        raise UserError(
             f"Unknown tfds data set {name!r}{hint} Expected one that tfds.list_builders() lists, "
             "or one prepared under data_dir (or TFDS_DATA_DIR)."
         ) from None
     except (AssertionError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{spec!r}: expected a known config and version in NAME[/CONFIG][:VERSION]; "
             f"tensorflow-datasets says: {error}"
         ) from error
     if not builder.is_prepared():
-        raise ValueError(
+        raise UserError(
             f"{spec!r}: expected the prepared data set at {builder.data_dir}, found none, and "
             "nothing is downloaded here. Prepare it once where TensorFlow and a network are, "
             f"`pip install tensorflow && tfds build {name} --file_format=array_record "

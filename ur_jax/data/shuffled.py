@@ -8,6 +8,7 @@ import numpy as np
 
 from ur_jax.data.batches import image_batches_uint8, load_uint8
 from ur_jax.data.sources import ImageSource
+from ur_jax.errors import UserError
 
 _IN_MEMORY_BYTES = 2**31
 
@@ -57,7 +58,7 @@ class ShuffledImages:
           ValueError: for fewer images than a batch, or a batch that the processes can't divide.
         """
         if batch_size % num_processes:
-            raise ValueError(
+            raise UserError(
                 f"Expected a batch size divisible by {num_processes} processes, got {batch_size}."
             )
         self._source, self._workers, self._seed = source, num_workers, seed
@@ -73,7 +74,7 @@ class ShuffledImages:
         self.num_images = len(self._indices)
         self.steps_per_epoch = self.num_images // batch_size
         if self.steps_per_epoch == 0:
-            raise ValueError(
+            raise UserError(
                 f"Expected at least one batch of {batch_size} images, got {self.num_images}; lower "
                 "the batch size or give more images."
             )
@@ -98,6 +99,6 @@ class ShuffledImages:
         for batch in batches:
             readable = np.flatnonzero(batch.mask)
             if not len(readable):
-                raise ValueError(f"None of the images {batch.names[:3]}, ... could be read.")
+                raise UserError(f"None of the images {batch.names[:3]}, ... could be read.")
             rows = np.where(batch.mask, np.arange(len(batch.mask)), readable[0])
             yield batch.images[rows]

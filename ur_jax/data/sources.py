@@ -13,6 +13,7 @@ import skimage
 from PIL import Image
 
 from ur_jax.data.pixels import decode
+from ur_jax.errors import UserError
 
 # The files that torchvision's ImageFolder lists, so that the paper's subsets are ours.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -76,6 +77,11 @@ class ImageSource(abc.ABC):
             digest.update(self.name(index).encode("utf-8", "surrogateescape") + b"\0")
         return digest.hexdigest()[:16]
 
+    @property
+    def content_hash(self) -> str:
+        """What identifies the images in a record."""
+        return self.listing_hash
+
 
 class FolderSource(ImageSource):
     """Every image file under a folder, at any depth; first-level sub-folders are the classes.
@@ -87,7 +93,7 @@ class FolderSource(ImageSource):
         self.spec = f"folder:{path}"
         self._root = Path(path).expanduser()
         if not self._root.is_dir():
-            raise ValueError(
+            raise UserError(
                 f"{self.spec!r}: expected an existing folder, found "
                 f"{'a file' if self._root.exists() else 'nothing'} at {self._root.absolute()}; "
                 "give the folder that holds the images or their class folders."
@@ -98,7 +104,7 @@ class FolderSource(ImageSource):
             prefix = "" if relative == "." else f"{relative}/"
             names += [prefix + file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
         if not names:
-            raise ValueError(
+            raise UserError(
                 f"{self.spec!r}: expected image files ({', '.join(IMAGE_SUFFIXES)}) under "
                 f"{self._root.absolute()}, found none; check the path."
             )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ur_jax.errors import unknown_name
+from ur_jax.errors import UserError, unknown_name
 from ur_jax.types import Array, PyTree
 
 PREPARATIONS = ("resize", "resize_crop")
@@ -104,14 +104,14 @@ def from_fn(
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     if min(std) <= 0:
-        raise ValueError(f"Expected std > 0 in every channel, got {std}.")
+        raise UserError(f"Expected std > 0 in every channel, got {std}.")
     check_finite(params, name)
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
     params = jax.tree.map(cast, jax.tree.map(jnp.asarray, params))
     images = jax.ShapeDtypeStruct((2, *input_size, 3), dtype)
     output = jax.eval_shape(apply_fn, params, images)
     if not isinstance(output, jax.ShapeDtypeStruct) or output.ndim != 2 or output.shape[0] != 2:
-        raise ValueError(
+        raise UserError(
             f"Expected {name!r} to map images (B,{input_size[0]},{input_size[1]},3) to one array "
             f"(B,D); for B=2 it gives {jax.tree.map(lambda x: x.shape, output)}. "
             "Flatten or pool its output."
@@ -142,7 +142,7 @@ def check_images(encoder: Encoder, images: Array) -> None:
     if not jnp.all((images >= 0.0) & (images <= 1.0)):
         low, high = float(jnp.min(images)), float(jnp.max(images))
         remedy = "divide by 255" if high > 1.5 else "clip the images, and look for NaN"
-        raise ValueError(f"Expected pixels in [0,1], got [{low:g}, {high:g}]; {remedy}.")
+        raise UserError(f"Expected pixels in [0,1], got [{low:g}, {high:g}]; {remedy}.")
 
 
 def check_finite(params: PyTree, name: str) -> None:
@@ -154,7 +154,7 @@ def check_finite(params: PyTree, name: str) -> None:
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all()
     ]
     if bad:
-        raise ValueError(
+        raise UserError(
             f"Weights of encoder {name!r} are NaN or infinite in {', '.join(bad[:5])}"
             f"{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}. Expected finite weights; "
             "fetch or train the checkpoint again."
@@ -165,12 +165,12 @@ def _check_shape(encoder: Encoder, images: Array) -> None:
     """Raises ValueError unless the static shape and dtype of `images` fit the encoder."""
     expected = (*encoder.input_size, 3)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-        raise ValueError(
+        raise UserError(
             f"Expected images (B,{','.join(map(str, expected))}) for encoder {encoder.name!r}, got "
             f"{tuple(images.shape)}; resize them, or load them with `ur_jax.data.image_batches`."
         )
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
+        raise UserError(
             f"Expected floating-point images in [0,1], got {images.dtype}; "
             "convert with images.astype('float32') / 255."
         )

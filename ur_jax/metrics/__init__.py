@@ -30,7 +30,7 @@ from ur_jax.metrics.neighbours import (
     neighbour_ranks,
     update_ranks,
 )
-from ur_jax.metrics.summary import METRICS, Metric, summarise
+from ur_jax.metrics.registry import METRICS, Metric, summarise
 
 __all__ = [
     "METRICS",

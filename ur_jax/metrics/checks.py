@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ur_jax import distances as dist
+from ur_jax.errors import UserError
 from ur_jax.types import Array
 
 
@@ -19,7 +20,7 @@ def finite_matrix(name: str, array: Array | np.ndarray) -> Array:
     """The float32 [rows, D] array on the device; ValueError if it is not one, or not finite."""
     dist.check_representations(**{name: array})
     if array.ndim != 2:
-        raise ValueError(f"Expected {name} of shape [rows, D], got {array.shape}.")
+        raise UserError(f"Expected {name} of shape [rows, D], got {array.shape}.")
     array = jnp.asarray(array)
     if not isinstance(array, jax.core.Tracer):
         refuse_not_finite(name, int(count_not_finite(array)))
@@ -29,7 +30,7 @@ def finite_matrix(name: str, array: Array | np.ndarray) -> Array:
 def refuse_not_finite(name: str, bad: int) -> None:
     """Raises ValueError if there are bad rows."""
     if bad:
-        raise ValueError(
+        raise UserError(
             f"Expected finite {name}, got {bad} rows with NaN or infinite values; check the "
             f"encoder's weights and dtype."
         )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ur_jax import distances as dist
+from ur_jax.errors import UserError
 from ur_jax.metrics.checks import finite_matrix
 from ur_jax.types import Array, Key
 
@@ -76,7 +77,7 @@ def distance_distribution(
     representations = finite_matrix("representations", representations)
     dist.check_divergence(divergence)
     if representations.shape[0] < 2 or batch_size < 2:
-        raise ValueError(
+        raise UserError(
             f"Expected at least 2 images and batch_size >= 2 to form pairs, got "
             f"{representations.shape[0]} images and batch_size {batch_size}."
         )

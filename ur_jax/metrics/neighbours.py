@@ -14,9 +14,10 @@ from jax.sharding import Mesh, PartitionSpec
 from numpy.typing import ArrayLike
 
 from ur_jax import distances as dist
-from ur_jax.intervals import Estimate, proportion_interval
+from ur_jax.devices import DATA_AXIS, pad_batch, replicate, shard
+from ur_jax.errors import UserError
 from ur_jax.metrics.checks import count_not_finite, finite_matrix, refuse_not_finite
-from ur_jax.sharding import DATA_AXIS, pad_batch, replicate, shard
+from ur_jax.stats.intervals import Estimate, proportion_interval
 from ur_jax.types import Array
 
 _SPARE_NEIGHBOURS = 8
@@ -99,7 +100,7 @@ def neighbour_ranks(
     dist.check_representations(bank=bank)
     own_index = np.asarray(own_index)
     if own_index.size and not -1 <= own_index.min() <= own_index.max() < bank.shape[0]:
-        raise ValueError(
+        raise UserError(
             f"Expected own_index in [-1, {bank.shape[0]}), got {own_index.min()} to "
             f"{own_index.max()}; -1 is for an image that is not in the bank."
         )
@@ -122,12 +123,12 @@ def init_ranks(
     clean = finite_matrix("clean", clean)
     own_index = np.asarray(own_index)
     if adversarial.shape != clean.shape or own_index.shape != adversarial.shape[:1]:
-        raise ValueError(
+        raise UserError(
             f"Expected adversarial and clean of equal shape [Q, D] and own_index [Q], got "
             f"{adversarial.shape}, {clean.shape} and {own_index.shape}."
         )
     if not np.issubdtype(own_index.dtype, np.integer):
-        raise ValueError(f"Expected own_index of integers, got {own_index.dtype}.")
+        raise UserError(f"Expected own_index of integers, got {own_index.dtype}.")
     if divergence == "cosine":
         adversarial, clean = dist.directions(adversarial), dist.directions(clean)
     queries = _Queries(adversarial, clean, own_index.astype(np.int32))
@@ -263,7 +264,7 @@ def nearest_neighbour_hits(ranks: Ranks, *, k: int) -> Array:
       [Q] float32; the mean is the top-k nearest-neighbour accuracy. Robust is high.
     """
     if k < 1:
-        raise ValueError(f"Expected k >= 1, got {k}.")
+        raise UserError(f"Expected k >= 1, got {k}.")
     return (ranks.rank < k).astype(jnp.float32)
 
 
@@ -310,7 +311,7 @@ def nearest_neighbours(
     queries = finite_matrix("queries", queries)
     _check_same_dimension(queries, bank)
     if not 1 <= k <= bank.shape[0]:
-        raise ValueError(f"Expected k in [1, {bank.shape[0]}], the rows of the bank, got {k}.")
+        raise UserError(f"Expected k in [1, {bank.shape[0]}], the rows of the bank, got {k}.")
     if divergence == "cosine":
         queries = dist.directions(queries)
     devices = 1 if mesh is None else mesh.size
@@ -385,12 +386,12 @@ def knn_classify(
     """
     train_labels = np.asarray(train_labels)
     if train_labels.shape != train_representations.shape[:1] or train_labels.min() < 0:
-        raise ValueError(
+        raise UserError(
             f"Expected one label >= 0 for each of {train_representations.shape[0]} training images,"
             f" got labels of shape {train_labels.shape}, smallest {train_labels.min(initial=0)}."
         )
     if not temperature > 0:
-        raise ValueError(f"Expected temperature > 0, got {temperature}.")
+        raise UserError(f"Expected temperature > 0, got {temperature}.")
     neighbours = nearest_neighbours(
         test_representations,
         train_representations,
@@ -430,7 +431,7 @@ def knn_accuracy(
         knn_classify(train_representations, train_labels, test_representations, **settings)
     )
     if test_labels.shape != predicted.shape:
-        raise ValueError(f"Expected {predicted.shape} test labels, got {test_labels.shape}.")
+        raise UserError(f"Expected {predicted.shape} test labels, got {test_labels.shape}.")
     return proportion_interval(int(np.sum(predicted == test_labels)), predicted.size)
 
 
@@ -446,7 +447,7 @@ def _stream(
 ) -> Any:
     """Folds `update(state, rows, indices, mask)` over equal blocks, one alive at a time."""
     if block_size < 1:
-        raise ValueError(f"Expected block_size >= 1, got {block_size}.")
+        raise UserError(f"Expected block_size >= 1, got {block_size}.")
     n, devices = bank.shape[0], 1 if mesh is None else mesh.size
     size = -(-min(block_size, n) // devices) * devices
     for start in range(0, n, size):
@@ -480,7 +481,7 @@ def _on_mesh(fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
 def _check_same_dimension(queries: Array, bank: Array | np.ndarray) -> None:
     """Raises ValueError unless the bank is [N, D] with the D of the queries."""
     if bank.ndim != 2 or queries.shape[1] != bank.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"Expected a bank of shape [N, {queries.shape[1]}] to match the queries, got "
             f"{bank.shape}; are they from the same encoder and representation?"
         )

@@ -8,15 +8,9 @@
 `loop.train` runs it over a data set, with checkpoints, and resumes bit for bit.
 """
 
-from ur_jax.training.fare import Fare
-from ur_jax.training.moco import MocoV2, MocoV3
-from ur_jax.training.optimizers import (
-    adamw,
-    cosine_schedule,
-    momentum_schedule,
-    sgd,
-    trained_mask,
-)
+from ur_jax.training.methods.fare import Fare
+from ur_jax.training.methods.moco import MocoV2, MocoV3
+from ur_jax.training.optimizers import adamw, cosine_schedule, momentum_schedule, sgd, trained_mask
 from ur_jax.training.step import (
     ATTACKS,
     Adversary,

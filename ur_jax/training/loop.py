@@ -17,8 +17,11 @@ import tensorboardX
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from ur_jax import augment, checkpoints, records, sharding
+from ur_jax import devices, runs
 from ur_jax.data import ShuffledImages
+from ur_jax.encoders import checkpoints
+from ur_jax.errors import UserError
+from ur_jax.training import views as augment
 from ur_jax.training.step import (
     Adversary,
     Method,
@@ -58,7 +61,7 @@ class LoopConfig:
     def __post_init__(self):
         for field in ("num_epochs", "log_every", "save_every"):
             if getattr(self, field) < 1:
-                raise ValueError(f"Expected {field} >= 1, got {getattr(self, field)}.")
+                raise UserError(f"Expected {field} >= 1, got {getattr(self, field)}.")
 
 
 def train(
@@ -97,11 +100,11 @@ def train(
         batch that devices or parts can't divide.
       SystemExit: with status 143 after the state was saved on request.
     """
-    mesh = sharding.data_mesh() if mesh is None else mesh
-    sharding.check_divisible(images.batch_size, mesh)
+    mesh = devices.data_mesh() if mesh is None else mesh
+    devices.check_divisible(images.batch_size, mesh)
     check_parts(images.batch_size, method.group_size, config.num_parts)
     update = functools.partial(_update, method, optimizer, adversary, config)
-    state = sharding.replicate(mesh, state)
+    state = devices.replicate(mesh, state)
     per_epoch = images.steps_per_epoch
     with checkpoints.TrainingCheckpoints(directory / "state", listens=True) as saved:
         if saved.latest_step is not None:
@@ -110,7 +113,7 @@ def train(
         with _Log(directory, done) as log:
             for epoch in range(done // per_epoch, config.num_epochs):
                 for batch in images.epoch(epoch, start=done - epoch * per_epoch):
-                    state, metrics, samples = update(state, sharding.shard(mesh, batch), key)
+                    state, metrics, samples = update(state, devices.shard(mesh, batch), key)
                     done += 1
                     log.add(done, metrics)
                     ends, stops = done % per_epoch == 0, saved.asked_to_stop(done)
@@ -192,7 +195,7 @@ class _Log:
             if not all(np.isfinite(value) for value in metrics.values()):
                 shown = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
                 kept = "none" if last_checkpoint is None else f"that of step {last_checkpoint}"
-                raise ValueError(
+                raise UserError(
                     f"Loss or gradient is not finite at step {step} ({shown}). The last good "
                     f"checkpoint is {kept}; lower the learning rate, or use float32."
                 )
@@ -201,7 +204,7 @@ class _Log:
         row = {"step": step, "epoch": round(epoch, 4), **means}
         self._rows.append(row)
         if self._writes:
-            with records.atomic_path(self._path) as temporary, open(temporary, "w") as file:
+            with runs.atomic_path(self._path) as temporary, open(temporary, "w") as file:
                 writer = csv.DictWriter(file, list(row), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(self._rows)

@@ -35,7 +35,7 @@ import optax
 from flax import struct
 
 from ur_jax.attacks import AttackConfig, image_keys, loss_pgd
-from ur_jax.errors import unknown_name
+from ur_jax.errors import UserError, unknown_name
 from ur_jax.types import Array, Key, PyTree
 
 ATTACKS = ("untargeted", "targeted", "loss")
@@ -123,7 +123,7 @@ class Adversary:
         if self.kind not in ATTACKS:
             raise unknown_name("attack", self.kind, ATTACKS)
         if self.kind == "untargeted" and not self.config.random_start:
-            raise ValueError(
+            raise UserError(
                 "Expected random_start=True for an untargeted attack, got False: at the original "
                 "image the gradient of the distance to itself is exactly zero."
             )
@@ -264,17 +264,17 @@ def train_step(
 def check_parts(batch_size: int, group_size: int | None, num_parts: int) -> None:
     """Raises ValueError unless a batch divides into parts of whole groups."""
     if group_size is not None and batch_size % group_size:
-        raise ValueError(
+        raise UserError(
             f"Expected a batch size divisible by the {group_size} images that share BatchNorm "
             f"statistics, got {batch_size}; change one of the two."
         )
     if num_parts < 1 or batch_size % num_parts or (batch_size // num_parts) % (group_size or 1):
-        raise ValueError(
+        raise UserError(
             f"Expected num_parts to divide the batch of {batch_size} images into whole groups of "
             f"{group_size or 1}, got {num_parts}."
         )
     if num_parts > 1 and group_size is None:
-        raise ValueError(
+        raise UserError(
             f"Expected a group_size with num_parts={num_parts}: BatchNorm over the whole batch "
             "needs all of it at once. Set group_size, or num_parts=1."
         )

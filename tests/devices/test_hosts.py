@@ -1,0 +1,114 @@
+"""Two processes on one machine: the same table as one, also after one of them was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_encoder
+
+from ur_jax.devices import hosts
+
+WORKER = pathlib.Path(__file__).parents[1] / "host_worker.py"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_encoder.save_images(tmp_path / "images", 22)
+    tiny_encoder.save(tmp_path / "encoder")
+    return tmp_path
+
+
+def start(folder, workdir, num_hosts, die_after=0):
+    """Starts the processes; the last one dies after so many parts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = str(WORKER.parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
+    environment.pop("XLA_FLAGS", None)
+    processes = []
+    for host in range(num_hosts):
+        die = die_after if host == num_hosts - 1 else 0
+        arguments = map(str, (folder, folder / workdir, host, num_hosts, port, die))
+        log = open(folder / f"{workdir}-{host}.log", "a")
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(WORKER), *arguments], stdout=log, stderr=log, env=environment
+            )
+        )
+    return processes
+
+
+def finish(folder, processes):
+    codes = [process.wait(timeout=300) for process in processes]
+    logs = "".join(path.read_text()[-3000:] for path in folder.glob("*.log"))
+    assert codes == [0] * len(codes), logs
+
+
+def test_two_processes_one_of_them_killed_and_started_again_equal_one(folder):
+    finish(folder, start(folder, "one", 1))
+    table = (folder / "one" / "RESULTS.csv").read_bytes()
+    assert table.count(b"\n") > 40
+
+    survivor, victim = start(folder, "two", 2, die_after=4)
+    assert victim.wait(timeout=300) == 9
+    survivor.kill()
+    survivor.wait()
+    assert not (folder / "two" / "RESULTS.csv").exists()
+    parts = folder / "two" / "tiny"
+    assert list(parts.glob("*/parts/*/*.npz")) or list(parts.glob("*/*/parts/*/*.npz"))
+    finish(folder, start(folder, "two", 2))
+    assert (folder / "two" / "RESULTS.csv").read_bytes() == table
+    record = json.loads((parts / "breakaway.json").read_text())
+    assert record["finished"] and record["hosts"] == 2
+    # Where a batch is divided over both, sums are taken in another order.
+    one, *two = (dict(np.load(path)) for path in sorted(folder.glob("*/streamed-*.npz")))
+    assert len(two) == 2 and one["loss"].shape == (2,)
+    for name, value in one.items():
+        np.testing.assert_array_equal(two[0][name], two[1][name])
+        np.testing.assert_allclose(two[0][name], value, rtol=1e-5, atol=1e-6)
+    # Both took part: a host names its certificates after itself.
+    certificates = parts / "certified-divergence" / "parts"
+    assert {path.name for path in certificates.glob("certificates-*")} == {
+        "certificates-0",
+        "certificates-1",
+    }
+
+
+def test_one_host_waits_for_nobody_and_raises_its_own_error(monkeypatch):
+    assert hosts.is_first() and hosts.on_all_hosts(True).tolist() == [True]
+    with pytest.raises(KeyError, match="mine"), hosts.before_merge():
+        raise KeyError("mine")
+    # Of two hosts the other one failed.
+    monkeypatch.setattr(hosts, "on_all_hosts", lambda value: [value, True])
+    with pytest.raises(RuntimeError, match="Host 1 failed"), hosts.before_merge():
+        pass
+
+
+@pytest.mark.parametrize(
+    "environment, launched",
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, False),  # sbatch without srun
+        ({"SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+    ],
+)
+def test_joins_where_the_environment_says_so(monkeypatch, environment, launched):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    # A TPU, but this process keeps to the CPU.
+    monkeypatch.setattr(hosts.glob, "glob", lambda pattern: ["/dev/accel0"])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda: joined.append(True))
+    hosts.join()
+    assert bool(joined) == launched

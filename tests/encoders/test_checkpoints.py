@@ -1,0 +1,177 @@
+"""Checkpoints are whole or refused, and know no devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from ur_jax import devices
+from ur_jax.encoders import checkpoints
+
+# A restore that fails leaves a closed event loop of Orbax's behind.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+METADATA = {"encoder": "demo", "config": {"sizes": [1, 2]}, "source": "x.pth"}
+
+
+def _variables():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    return {
+        "params": {"conv": {"kernel": draw(3, 3, 8, 64)}, "norm": {"scale": draw(64)}},
+        "batch_stats": {"norm": {"mean": draw(64)}},
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoints.save_encoder(tmp_path / "encoder", _variables(), METADATA)
+    return tmp_path / "encoder"
+
+
+def _assert_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_round_trip(saved):
+    variables, metadata = checkpoints.restore_encoder(saved)
+    _assert_equal(variables, _variables())
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(variables))
+    assert metadata["config"] == {"sizes": [1, 2]} and metadata["source"] == "x.pth"
+    assert metadata["versions"]["jax"] == jax.__version__
+
+
+def test_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints.save_encoder("here", _variables(), METADATA)
+    _assert_equal(checkpoints.restore_encoder("here")[0], _variables())
+
+
+def test_saved_on_eight_devices_is_the_same(tmp_path, saved):
+    replicated = devices.replicate(devices.data_mesh(), _variables())
+    checkpoints.save_encoder(tmp_path / "eight", replicated, METADATA)
+    eight, metadata = checkpoints.restore_encoder(tmp_path / "eight")
+    _assert_equal(eight, _variables())
+    assert metadata["weights_sha256"] == checkpoints.restore_encoder(saved)[1]["weights_sha256"]
+
+
+def test_does_not_overwrite(saved):
+    with pytest.raises(ValueError, match="exists; remove it or name another"):
+        checkpoints.save_encoder(saved, _variables(), METADATA)
+
+
+def test_metadata_are_needed(tmp_path):
+    with pytest.raises(ValueError, match=r"Expected metadata with \['config'\]"):
+        checkpoints.save_encoder(tmp_path / "x", _variables(), {"encoder": "demo"})
+    assert not (tmp_path / "x").exists()
+
+
+def test_missing_and_other_directories(tmp_path, saved):
+    with pytest.raises(FileNotFoundError, match="no checkpoint .*nowhere"):
+        checkpoints.restore_encoder(tmp_path / "nowhere")
+    for other in (tmp_path, saved / "_METADATA"):
+        with pytest.raises(ValueError, match=f"encoder checkpoint directory, but {other} has no"):
+            checkpoints.restore_encoder(other)
+
+
+def test_later_format(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_FORMAT", 2)
+    checkpoints.save_encoder(tmp_path / "later", _variables(), METADATA)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="format 1 or before, got 2.*upgrade"):
+        checkpoints.restore_encoder(tmp_path / "later")
+
+
+def _largest(directory):
+    return max((f for f in directory.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+@pytest.mark.parametrize("harm", ["delete", "truncate", "flip"])
+def test_damaged_weights(saved, harm):
+    """Even one flipped bit, which Orbax itself would return as a weight, is found."""
+    victim = _largest(saved)
+    data = bytearray(victim.read_bytes())
+    if harm == "delete":
+        victim.unlink()
+    elif harm == "truncate":
+        victim.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged: .*fetch it again"):
+        checkpoints.restore_encoder(saved)
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+def test_damaged_structure(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoints.restore_encoder(saved)
+
+
+def test_every_file_matters_or_the_weights_are_right(saved):
+    for file in [f for f in saved.rglob("*") if f.is_file()]:
+        data = file.read_bytes()
+        file.unlink()
+        try:
+            _assert_equal(checkpoints.restore_encoder(saved)[0], _variables())
+        except ValueError:
+            pass
+        file.write_bytes(data)
+
+
+def test_tree_hash():
+    hashed = checkpoints.tree_hash(_variables())
+    other = _variables()
+    other["params"]["norm"]["scale"][3] = 0
+    renamed = {"other": _variables()["params"], "batch_stats": _variables()["batch_stats"]}
+    halves = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), _variables())
+    widened = jax.tree.map(lambda x: x.astype(np.float32), halves)
+    assert hashed == checkpoints.tree_hash(jax.tree.map(jnp.asarray, _variables()))
+    assert checkpoints.tree_hash(halves) == checkpoints.tree_hash(widened)
+    assert len({hashed, *map(checkpoints.tree_hash, (other, renamed, halves))}) == 4
+
+
+def _state(seed):
+    params = {"w": jax.random.normal(jax.random.key(seed), (8, 2))}
+    optimizer = optax.sgd(0.1, momentum=0.9).init(params)
+    key, step = jax.random.key(seed), jnp.int32(seed)
+    return {"params": params, "optimizer": optimizer, "key": key, "step": step}
+
+
+def _comparable(state):
+    return jax.tree.map(np.asarray, {**state, "key": jax.random.key_data(state["key"])})
+
+
+def test_training_state_resumes_on_other_devices(tmp_path):
+    with checkpoints.TrainingCheckpoints(tmp_path / "run", max_to_keep=2) as run:
+        assert run.latest_step is None
+        for step in (1, 2, 3):
+            run.save(step, _state(step), {"seed": 5, "step": step})
+    (tmp_path / "run" / "4.orbax-checkpoint-tmp").mkdir()  # a save that was killed
+
+    mesh = devices.data_mesh()
+    like = devices.replicate(mesh, _state(0))
+    with checkpoints.TrainingCheckpoints(tmp_path / "run") as run:
+        assert run.latest_step == 3
+        state, metadata = run.restore(like)
+    assert metadata == {"seed": 5, "step": 3}
+    assert state["params"]["w"].sharding.device_set == set(mesh.devices.flat)
+    _assert_equal(_comparable(state), _comparable(_state(3)))
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir()) == ["2", "3"]
+
+
+def test_training_state_errors(tmp_path):
+    with checkpoints.TrainingCheckpoints(tmp_path / "run") as run:
+        with pytest.raises(ValueError, match="no checkpoint to resume from"):
+            run.restore(_state(0))
+        run.save(1, _state(1), {})
+        run.wait()
+        wrong = {**_state(0), "params": {"w": jnp.zeros((8, 3))}}
+        with pytest.raises(ValueError, match="step 1 .*damaged or of another configuration"):
+            run.restore(wrong)

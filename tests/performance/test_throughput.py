@@ -1,0 +1,125 @@
+"""The throughput measurement: PyTorch's twins compute the same, turns, shares, budget, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_rules
+import throughput as script
+import tiny_encoder
+
+from ur_jax import performance
+from ur_jax.encoders import loading, torch_files
+from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.performance import suite, timing, work
+
+
+@pytest.mark.parametrize("name", ["resnet50", "mae"])
+def test_the_torch_twin_computes_the_same(name, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from ur_jax.encoders.networks.heads import NoHead
+    from ur_jax.encoders.networks.network import Network
+    from ur_jax.encoders.networks.vit import ViT
+    from ur_jax.performance import torch_networks
+
+    spec = ENCODERS[name]
+    if name == "mae":  # in miniature; the ResNet is the whole one, on a small image
+        spec = dataclasses.replace(spec, network=lambda folded: Network(ViT(16, 2, 4), NoHead()))
+    else:
+        spec = dataclasses.replace(spec, input_size=(64, 64))
+    twin = torch_networks.make_network(spec)
+    state = {
+        key: reference_rules.fill(key, tuple(tensor.shape), str(tensor.dtype).split(".")[-1])
+        for key, tensor in twin.network.state_dict().items()
+    }
+    twin.network.load_state_dict({key: torch.from_numpy(t) for key, t in state.items()})
+    if name == "resnet50":
+        state |= {"fc.weight": np.zeros((1000, 2048), "f4"), "fc.bias": np.zeros(1000, "f4")}
+    published = torch_files.map_tensors(state, spec)
+    ours = loading.make_encoder(spec, published.variables, published.config, "backbone")
+    images = reference_rules.images(*spec.input_size)
+    with torch.no_grad():
+        theirs = twin(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    representations = np.asarray(ours(jnp.asarray(images)))
+    assert np.abs(representations - theirs).max() <= 2e-5 * np.abs(theirs).max()
+
+
+def test_workloads_are_timed_by_turns():
+    order = []
+
+    def workload(name, seconds):
+        run = lambda: (order.append(name), time.sleep(seconds))
+        return timing.Workload(name, run, items=1, compile_seconds=0.0)
+
+    first, second = timing.time_by_turns([workload("a", 0.001), workload("b", 0.03)], repeats=3)
+    assert order == list("abababab")
+    assert first.wall.shape == (3,) and (second.wall >= 0.03).all() and second.warmup >= 0.03
+    assert (second.processor < 0.03).all()  # sleeping costs none
+    with pytest.raises(ValueError, match="repeats"):
+        timing.time_by_turns([], repeats=0)
+
+
+def test_rates_ratios_and_shares_follow_from_the_times(monkeypatch):
+    size = work.Size("demo", "float32", 8, 1, 1, 1, 1)
+    workloads = [
+        timing.Workload("ur_jax", None, 8, 1.0, flops=100.0, bytes_moved=50.0),
+        timing.Workload("other", None, 8, 1.0),
+    ]
+    times = [
+        timing.Times(9.0, np.array([1.0, 2.0, 4.0]), np.array([1.0, 1.0, 1.0])),
+        timing.Times(9.0, np.array([2.0, 8.0, 8.0]), np.array([2.0, 2.0, 2.0])),
+    ]
+    peaks = timing.Peaks({"float32": 500.0}, 100.0)
+    ours, other = suite._results("forward", size, workloads, times, peaks)
+    assert (ours.rate, ours.low, ours.high, ours.ratio) == (4.0, 2.0, 8.0, 1.0)
+    assert (ours.flops_share, ours.bandwidth_share, ours.bytes_per_item) == (0.1, 0.25, 6.25)
+    assert (other.rate, other.ratio, other.per_processor_second) == (1.0, 2.0, 4.0)
+    assert other.flops_share is None
+
+
+def test_the_script_writes_a_table_that_can_be_shown_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "device_peaks", lambda dtypes: timing.Peaks({"float32": 1e9}, 1e9))
+    config = script.Config(out=tmp_path / "run", preset="toy", works=("center",), batch_sizes=(8,))
+    script.main(config)
+    written = json.loads((tmp_path / "run" / "throughput.json").read_text())
+    assert [r["work"] for r in written["results"]] == ["center"]
+    assert written["left_out"] == [] and written["peak_flops"] == {"float32": 1e9}
+    elsewhere = script.Config(out=tmp_path / "other", results=tmp_path / "run" / "throughput.json")
+    script.main(elsewhere)
+    assert (tmp_path / "other" / "throughput.png").stat().st_size > 1000
+    assert "center" in capsys.readouterr().out
+
+
+def test_training_is_measured_on_a_network_of_its_own_head(monkeypatch):
+    monkeypatch.setitem(ENCODERS, "demo", tiny_encoder.SPEC)
+    size = work.Size("demo", "float32", 8, 1, 1, 1, 1)
+    workload = work.WORKS["training"].make(size)
+    first = int(workload.run())
+    assert int(workload.run()) == first + 1  # steps of one training, each on the state before
+    assert workload.items == 8 and workload.compile_seconds > 0
+
+
+def test_no_case_begins_after_the_budget(monkeypatch):
+    monkeypatch.setattr(suite, "device_peaks", lambda dtypes: timing.Peaks({"float32": 1e9}, 1e9))
+    results, context = performance.run([performance.Sweep(batch_sizes=(8,))], budget=-1.0)
+    assert results == [] and len(context["left_out"]) == 3
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"works": ("u_pdg",)}, "u_pgd"),
+        ({"encoders": ("resnet51",)}, "resnet50"),
+        ({"dtypes": ("float16",)}, "float32"),
+        ({"batch_sizes": (0,)}, "batch size >= 1, got 0"),
+        ({"repeats": 0}, "repeats >= 1, got 0"),
+    ],
+)
+def test_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        performance.Sweep(**settings)

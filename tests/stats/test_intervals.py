@@ -1,0 +1,133 @@
+"""Intervals: exact tail probabilities in rational arithmetic, and coverage by simulation.
+
+A coverage test counts intervals that miss, fails above the quantile of the binomial count at the
+largest miss rate promised, and would fail a correct interval with the stated probability.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ur_jax.stats.intervals import Estimate, mean_interval, median_interval, proportion_interval
+
+
+def binomial_cdf(k, n, p):
+    """P(Binomial(n, p) <= k) in rationals."""
+    p = Fraction(p)
+    return sum(math.comb(n, j) * p**j * (1 - p) ** (n - j) for j in range(k + 1))
+
+
+@pytest.mark.parametrize("n", [6, 7, 25, 101, 1000])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_median_interval_takes_the_largest_rank_that_covers(n, confidence):
+    value, low, high, size = median_interval(np.arange(n, 0, -1), confidence=confidence)
+    assert (value, size) == ((n + 1) / 2, n)
+    rank = int(low)
+    assert high == n + 1 - rank
+    tail = Fraction(1 - confidence) / 2
+    assert binomial_cdf(rank - 1, n, Fraction(1, 2)) <= tail < binomial_cdf(rank, n, Fraction(1, 2))
+
+
+def test_median_of_too_few_is_unbounded():
+    assert median_interval(range(5)) == Estimate(2.0, -np.inf, np.inf, 5)
+    assert median_interval([3.0]) == Estimate(3.0, -np.inf, np.inf, 1)
+    assert median_interval(range(6)) == Estimate(2.5, 0.0, 5.0, 6)
+
+
+def test_median_interval_commutes_with_scaling():
+    """The normalised distance d / median F needs no interval of its own."""
+    values = np.random.default_rng(0).lognormal(size=50)
+    scaled = median_interval(values / 7.0)
+    np.testing.assert_allclose(scaled[:3], np.array(median_interval(values)[:3]) / 7.0)
+
+
+def test_median_coverage():
+    """False alarm 1e-4: 2,000 intervals over 24 lognormal values, miss rate at most 5 %."""
+    values = np.random.default_rng(1).lognormal(size=(2000, 24))
+    ends = np.array([median_interval(row)[1:3] for row in values])
+    misses = np.sum((ends[:, 0] > 1.0) | (ends[:, 1] < 1.0))
+    assert misses <= stats.binom.ppf(1 - 1e-4, 2000, 0.05)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (0, 50), (1, 20), (7, 20), (49, 50), (9, 9)])
+def test_proportion_ends_have_the_tail_probabilities(successes, n):
+    value, low, high, size = proportion_interval(successes, n)
+    assert (value, size) == (successes / n, n)
+    if successes:
+        assert 1 - binomial_cdf(successes - 1, n, low) == pytest.approx(0.025, abs=1e-9)
+    else:
+        assert low == 0.0
+    if successes < n:
+        assert binomial_cdf(successes, n, high) == pytest.approx(0.025, abs=1e-9)
+    else:
+        assert high == 1.0
+
+
+@pytest.mark.parametrize("p", [0.003, 0.07, 0.5])
+def test_proportion_coverage(p):
+    """Exact: the probability of the counts whose interval misses p."""
+    n = 60
+    misses = 0.0
+    for k in range(n + 1):
+        _, low, high, _ = proportion_interval(k, n)
+        misses += stats.binom.pmf(k, n, p) * (not low <= p <= high)
+    assert misses <= 0.05
+
+
+def test_mean_coverage():
+    """False alarm 1e-3: 200 intervals over 80 skewed fractions, miss rate at most 8 %.
+
+    Nominal is 5 %; the bootstrap is approximate, and its docstring says so.
+    """
+    values = np.random.default_rng(2).beta(0.5, 4.0, size=(200, 80))
+    ends = np.array([mean_interval(row)[1:3] for row in values])
+    truth = 0.5 / 4.5
+    misses = np.sum((ends[:, 0] > truth) | (ends[:, 1] < truth))
+    assert misses <= stats.binom.ppf(1 - 1e-3, 200, 0.08)
+
+
+def test_mean_interval_is_near_the_normal_one_and_repeats():
+    values = np.random.default_rng(3).uniform(size=1000)
+    value, low, high, n = mean_interval(values)
+    half = 1.96 * values.std(ddof=1) / np.sqrt(n)
+    expected = values.mean() + np.array([0, -half, half])
+    np.testing.assert_allclose([value, low, high], expected, rtol=2e-3)
+    assert mean_interval(values) == (value, low, high, n)
+    assert mean_interval(values, seed=1) != (value, low, high, n)
+
+
+def test_mean_of_equal_values_is_not_certain():
+    """No image of 1,000 was off, so up to 1 - 0.025^(1/999) of all may be."""
+    share = 1 - 0.025 ** (1 / 999)
+    np.testing.assert_allclose(mean_interval(np.zeros(1000)), (0.0, 0.0, share, 1000))
+    np.testing.assert_allclose(
+        mean_interval(np.full(1000, 0.25)), (0.25, 0.25 * (1 - share), 0.25 + 0.75 * share, 1000)
+    )
+    assert mean_interval([0.4]) == Estimate(0.4, 0.0, 1.0, 1)
+
+
+@pytest.mark.parametrize("interval", [median_interval, mean_interval])
+def test_bad_values_are_refused_with_their_number(interval):
+    with pytest.raises(ValueError, match="2 NaN or infinite of 4"):
+        interval([0.1, np.nan, 0.3, np.inf])
+    with pytest.raises(ValueError, match="at least one"):
+        interval([])
+    with pytest.raises(ValueError, match="confidence in .0, 1., got 95"):
+        interval([0.1, 0.2], confidence=95)
+
+
+def test_bad_counts_and_bounds_are_refused():
+    with pytest.raises(ValueError, match="got 3 and 2"):
+        proportion_interval(3, 2)
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        proportion_interval(0, 0)
+    with pytest.raises(ValueError, match="confidence"):
+        proportion_interval(1, 2, confidence=1.0)
+    with pytest.raises(ValueError, match="got 0.5 to 2.0"):
+        mean_interval([0.5, 2.0])
+    assert mean_interval([0.5, 2.0, 1.0], bounds=(0, 2)).n == 3

@@ -1,0 +1,148 @@
+"""The training loop: data order, checkpoints, what a killed or stopped run leaves."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ur_jax import data, devices, training
+from ur_jax.attacks import AttackConfig
+from ur_jax.encoders import checkpoints
+from ur_jax.encoders.networks.layers import Dense, DenseNorm, NormConfig
+from ur_jax.training import views as augment
+from ur_jax.training.loop import LoopConfig, train
+
+BATCH = 8
+CONFIG = LoopConfig(
+    num_epochs=3,
+    first_view=augment.AugmentConfig(size=(4, 4)),
+    second_view=augment.AugmentConfig(size=(4, 4)),
+    log_every=2,
+    save_every=2,
+)
+
+
+class Tiny(nn.Module):
+    """Flattened pixels, a linear layer with BatchNorm, a linear layer."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        norm = NormConfig(group_size=4)
+        x = DenseNorm(6, norm=norm, name="hidden")(x.reshape(len(x), -1), train)
+        return {"projection": Dense(3, name="last")(jax.nn.relu(x))}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """30 images of noise, so that an epoch has 3 steps of 8 and leaves 6 images out."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(30):
+        pixels = rng.integers(0, 255, (6, 6, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return data.open_images(f"folder:{folder}")
+
+
+def _images(source, **kwargs):
+    shape = {"input_size": (6, 6), "preparation": "resize"}
+    return data.ShuffledImages(source, np.arange(30), batch_size=BATCH, seed=3, **shape, **kwargs)
+
+
+METHOD = training.MocoV2(
+    Tiny(), (0.5,) * 3, (0.2,) * 3, dimension=3, queue_size=16, momentum=0.9, group_size=4
+)
+ADVERSARY = training.Adversary("loss", AttackConfig(eps=0.05, step_size=0.02, num_steps=2))
+OPTIMIZER = training.sgd(lambda step: 0.05)
+
+
+@pytest.fixture(scope="module")
+def run(source):
+    """Trains in a folder and returns the final state's leaves; the same compiled step each time."""
+
+    def run(directory, optimizer=OPTIMIZER, **kwargs):
+        variables = Tiny().init(jax.random.key(0), jnp.zeros((4, 4, 4, 3)))
+        state = training.init_state(METHOD, variables, optimizer, jax.random.key(1))
+        arguments = (METHOD, optimizer, ADVERSARY, state, _images(source), directory)
+        mesh = devices.data_mesh(jax.devices()[:2])
+        state = train(*arguments, jax.random.key(2), config=CONFIG, mesh=mesh, **kwargs)
+        return jax.tree.leaves(jax.tree.map(np.asarray, state))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    return directory, run(directory)
+
+
+def _rows(directory):
+    with (directory / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("at_row", [1, 3, 5])
+def test_killed_anywhere_and_resumed_ends_with_the_same_bits(run, uninterrupted, tmp_path, at_row):
+    rows = []
+
+    def killed(row):
+        rows.append(row)
+        if len(rows) == at_row:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, on_metrics=killed)
+    whole, state = uninterrupted
+    for a, b in zip(state, run(tmp_path), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert _rows(tmp_path) == _rows(whole)
+    # Rows at every other step and at the end of each epoch.
+    assert [int(row["step"]) for row in _rows(whole)] == [2, 3, 4, 6, 8, 9]
+
+
+def test_a_request_to_stop_saves_the_state(run, uninterrupted, tmp_path):
+    def stop(row):
+        if row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, on_metrics=stop)
+    assert stopped.value.code == 143
+    with checkpoints.TrainingCheckpoints(tmp_path / "state") as saved:
+        assert saved.latest_step == 4
+    for a, b in zip(uninterrupted[1], run(tmp_path), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_checkpoint(run, tmp_path):
+    rate = lambda step: jnp.where(step >= 4, jnp.inf, 0.05)
+    with pytest.raises(ValueError, match="not finite at step 6 .* is that of step 4"):
+        run(tmp_path, optimizer=training.sgd(rate, weight_decay=0.0))
+
+
+def test_order_depends_on_seed_and_epoch_alone(source):
+    memory, streamed = _images(source), _images(source, in_memory=False)
+    shares = [_images(source, process=i, num_processes=2) for i in range(2)]
+    assert memory.steps_per_epoch == 3
+    for epoch in (0, 1):
+        expected = list(memory.epoch(epoch))
+        for other in (streamed.epoch(epoch), zip(*(s.epoch(epoch) for s in shares), strict=True)):
+            for a, b in zip(expected, other, strict=True):
+                np.testing.assert_array_equal(a, np.concatenate(b) if isinstance(b, tuple) else b)
+        np.testing.assert_array_equal(next(streamed.epoch(epoch, start=2)), expected[2])
+    first, second = (np.concatenate(list(memory.epoch(e))) for e in (0, 1))
+    assert not np.array_equal(first, second)
+
+
+def test_fewer_images_than_a_batch(source):
+    with pytest.raises(ValueError, match="at least one batch of 64 images, got 30"):
+        data.ShuffledImages(
+            source, np.arange(30), batch_size=64, seed=0, input_size=(6, 6), preparation="resize"
+        )

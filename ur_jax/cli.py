@@ -1,0 +1,241 @@
+"""The command line: `ur-jax COMMAND ...`, and what every script here shares.
+
+    ur-jax evaluate --encoder demo --images demo --preset quick --out runs/demo
+    python experiments/evaluate.py ...         # the same, from a checkout
+
+A command is a job of `jobs.JOBS`, whose fields are its flags, or one of the modules of `_SCRIPTS`,
+with `main(config)`, a dataclass `Config` of its flags and, if it has any, `PRESETS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple, TypeVar
+
+import fsspec
+import jax
+import tyro
+from etils import epath
+
+import ur_jax
+from ur_jax import registry
+from ur_jax.devices import hosts
+from ur_jax.errors import UserError, unknown_name
+from ur_jax.jobs import JOBS, Job
+from ur_jax.jobs.base import EncoderLike, ImagesLike
+from ur_jax.jobs.progress import console
+
+Config = TypeVar("Config")
+_registry = tyro.constructors.ConstructorRegistry()
+
+_SCRIPTS = {
+    "benchmark": "ur_jax.jobs.benchmark",
+    "report": "ur_jax.report.build",
+    "convert-weights": "ur_jax.encoders.convert",
+    "throughput": "ur_jax.performance.command",
+}
+"""Commands that are no jobs, and their modules."""
+
+
+class Command(NamedTuple):
+    """What a name on the command line stands for.
+
+    Attributes:
+      main: takes the flags; what it returns, if anything, is the exit status.
+      flags: frozen dataclass; with presets, its field `preset` names one of them.
+      presets: {name: defaults}, instances of `flags`; the first is the default.
+      description: its help.
+    """
+
+    main: Callable[[Any], Any]
+    flags: type
+    presets: Mapping[str, Any] | None
+    description: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console command; returns the exit status: 0 done, 1 in part, 2 bad input."""
+    name, *words = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if name in ("-h", "--help", "--version"):
+        console.print(ur_jax.__version__ if name == "--version" else usage(), highlight=False)
+        return 0
+    return run(name, words)
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    lines = ["usage: ur-jax COMMAND [flags]; COMMAND --help tells its flags", ""]
+    for name in sorted((*JOBS, *_SCRIPTS)):
+        lines.append(f"  {name:<18}{find(name).description.strip().splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def run(name: str, argv: Sequence[str] | None = None) -> int:
+    """Runs a command; bad input ends in one line, anything else is a fault and keeps its traceback.
+
+    Args:
+      name: of the command.
+      argv: its flags; by default those of this process.
+
+    Returns:
+      The exit status.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        words = take_global_flags(words)
+        hosts.join()  # before any other use of JAX
+        list_buckets_anew()
+        # One CPU device per core: XLA's convolution gradients otherwise keep to one core.
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+        keep_compilations()
+        command = find(name)
+        console.quiet = not hosts.is_first()
+        return int(command.main(parse(command, words, prog=f"ur-jax {name}")) or 0)
+    except UserError as error:
+        console.quiet = False
+        console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        return 2
+
+
+def find(name: str) -> Command:
+    """The command of a name.
+
+    Raises:
+      UserError: for an unknown name.
+    """
+    if name in _SCRIPTS:
+        module = importlib.import_module(_SCRIPTS[name])
+        presets = getattr(module, "PRESETS", None)
+        return Command(module.main, module.Config, presets, module.__doc__ or "")
+    if name not in JOBS:
+        raise unknown_name("command", name, (*JOBS, *_SCRIPTS))
+    return job_command(JOBS[name])
+
+
+def job_command(job: type[Job]) -> Command:
+    """The command of a job: its fields are the flags, beside where to and how."""
+    flags = dataclasses.make_dataclass(
+        f"{job.__name__}Flags",
+        [
+            ("job", tyro.conf.OmitArgPrefixes[job], dataclasses.field(default_factory=job)),
+            ("out", Path, dataclasses.field(default=tyro.MISSING)),
+            ("preset", str, dataclasses.field(default=next(iter(job.presets), ""))),
+            ("clean", Path | None, dataclasses.field(default=None)),
+            ("num_workers", int, dataclasses.field(default=0)),
+        ],
+        frozen=True,
+    )
+    flags.__doc__ = f"""{inspect.getdoc(job)}
+
+    Attributes:
+      out: Folder of the results; a run that stopped there goes on.
+      preset: {", ".join(job.presets) or "there is none"}.
+      clean: Folder of clean representations that several runs share; --out keeps its own otherwise.
+      num_workers: Processes that decode images; more than 0 pays on many cores.
+    """
+    presets = {name: flags(job=preset, preset=name) for name, preset in job.presets.items()}
+    module = sys.modules[job.__module__]
+    description = module.__doc__ or job.__doc__ or ""
+    return Command(run_job, flags, presets or None, description)
+
+
+def run_job(flags: Any) -> None:
+    """Runs a job and prints its summary."""
+    summary = flags.job.run(flags.out, bank=flags.clean, num_workers=flags.num_workers)
+    console.print(summary)
+    for remark in JOBS[summary.job].remarks(summary):
+        console.print(remark, markup=False, highlight=False)
+    console.print(f"Results in {flags.out}", markup=False, highlight=False)
+
+
+def take_global_flags(words: Sequence[str]) -> list[str]:
+    """Obeys the flags that every command has; returns the others.
+
+    `--plugin FILE.py` (or a module; also UR_JAX_PLUGINS) is imported before anything else, so that
+    what it registers is known.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin", action="append", default=[])
+    known, rest = parser.parse_known_args(words)
+    registry.load_plugins()
+    for place in known.plugin:
+        registry.load_plugins(place)
+    return rest
+
+
+def keep_compilations() -> None:
+    """Keeps compiled programs from one run to the next, in a folder of the user's cache.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "ur_jax"))
+
+
+def list_buckets_anew() -> None:
+    """Keeps no listing of a bucket in memory: other hosts write there too."""
+    for protocol in ("gs", "gcs", "s3"):
+        fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
+
+
+def parse(command: Command, args: Sequence[str], prog: str | None = None) -> Any:
+    """Returns the flags of a command line, on top of its preset.
+
+    A path may be of a bucket: what a flag gives for a `Path` is an `etils.epath.Path`.
+
+    Raises:
+      UserError: for an unknown preset.
+    """
+    default: Any = tyro.MISSING
+    if command.presets:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--preset", default=next(iter(command.presets)))
+        preset = parser.parse_known_args(list(args))[0].preset
+        if preset not in command.presets:
+            raise unknown_name("preset", preset, command.presets)
+        default = command.presets[preset]
+    more = {} if default is tyro.MISSING else {"default": default}
+    return tyro.cli(
+        command.flags, args=list(args), prog=prog, description=command.description,
+        registry=_registry, **more,
+    )  # fmt: skip
+
+
+@_registry.primitive_rule
+def _path_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Reads a `Path` that may be gs://..., of which `pathlib` would drop a slash."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda texts: epath.Path(texts[0]),
+        is_instance=lambda value: isinstance(value, PurePath),
+        str_from_instance=lambda value: [os.fspath(value)],
+    )
+
+
+@_registry.primitive_rule
+def _named_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Takes the name of an encoder or of images, where a notebook may give the thing itself."""
+    if info.type not in (EncoderLike, ImagesLike):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="ENCODER" if info.type == EncoderLike else "IMAGES",
+        instance_from_str=lambda texts: texts[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    )

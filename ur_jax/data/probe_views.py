@@ -1,0 +1,165 @@
+"""What a linear probe sees of an image: a crop, random or central, then its corruption.
+
+Made on the host from the decoded image, in 8 bits by Pillow, before the encoder's own resizing: the
+order and the bytes of the reference pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from PIL import Image
+
+from ur_jax.data import corruptions
+from ur_jax.data.pixels import prepare, resize
+from ur_jax.data.sources import Example, ImageSource
+from ur_jax.encoders.base import Encoder
+from ur_jax.errors import UserError, unknown_name
+from ur_jax.training import views as augment
+
+PROBE_KINDS = ("standard", "noisy", "low_pass")
+
+_PAPER_SIZE = 224
+_NUM_ATTEMPTS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewConfig:
+    """The images of a probe; the defaults are the paper's.
+
+    Attributes:
+      kind: "standard", "noisy" (Gaussian noise) or "low_pass" (a disc of frequencies).
+      sigma: of the noise, on the scale [0,1], > 0.
+      radius: of the disc at 224 pixels, > 0; it scales with the height of other sizes.
+      augment: train on random crops and flips rather than on the images as a test sees them.
+
+    Raises:
+      ValueError: for an unknown kind or a value out of range.
+    """
+
+    kind: str = "standard"
+    sigma: float = 0.25
+    radius: float = 50.0
+    augment: bool = True
+
+    def __post_init__(self):
+        if self.kind not in PROBE_KINDS:
+            raise unknown_name("kind of probe", self.kind, PROBE_KINDS)
+        for field in ("sigma", "radius"):
+            if not 0.0 < getattr(self, field) < math.inf:
+                raise UserError(f"Expected {field} > 0, got {getattr(self, field)}.")
+
+
+class ProbeViews(ImageSource):
+    """The images of a source as a probe sees them: cropped to `size`, then corrupted.
+
+    A view depends on the image, its index, `seed` and `draw` alone. Load them with the encoder's
+    `input_size` and this source's `preparation`.
+
+    An encoder for 224 pixels gets the paper's crops, 224x224: random, or the centre once the
+    shorter side is 256. Any other gets crops of its own input size, and whole images where the crop
+    is not random, prepared as the encoder wants them.
+
+    Attributes:
+      size: height and width of a view in pixels.
+      preparation: what brings a view to the encoder's input, see `data.prepare`.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        encoder: Encoder,
+        config: ViewConfig,
+        *,
+        random: bool,
+        seed: int = 0,
+        draw: int = 0,
+    ):
+        """Wraps a source.
+
+        Args:
+          source: from `open_images`.
+          encoder: whose input size and preparation to respect.
+          config: the kind of view.
+          random: whether crops and flips are random, for training.
+          seed: of everything random.
+          draw: number of the draw; 0 is for testing, training counts from 1.
+        """
+        self.spec, self.class_names = source.spec, source.class_names
+        is_paper = encoder.input_size[0] == _PAPER_SIZE
+        self.size = (_PAPER_SIZE,) * 2 if is_paper else encoder.input_size
+        self.preparation = encoder.preparation if is_paper else "resize"
+        self._whole = "resize_crop" if is_paper else encoder.preparation
+        self._source, self._config, self._random = source, config, random
+        self._key = (seed, draw)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def label(self, index: int) -> int:
+        return self._source.label(index)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[index]
+        rng = np.random.default_rng([*self._key, index])
+        if self._random:
+            view = random_view(example.pixels, rng, self.size)
+        else:
+            view = Image.fromarray(
+                prepare(example.pixels, input_size=self.size, preparation=self._whole)
+            )
+        return example._replace(pixels=Image.fromarray(self._corrupt(np.asarray(view), rng)))
+
+    def _corrupt(self, view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The view with its noise, or low-pass filtered."""
+        if self._config.kind == "noisy":
+            return corruptions.add_noise(view, rng, sigma=self._config.sigma)
+        if self._config.kind == "low_pass":
+            radius = self._config.radius * self.size[0] / _PAPER_SIZE
+            return corruptions.low_pass(view, radius=radius)
+        return view
+
+
+def random_view(
+    image: Image.Image,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    config: augment.AugmentConfig = augment.PROBE,
+) -> Image.Image:
+    """Cuts out a random box, resizes it to size = (H, W) and flips it by chance.
+
+    Args:
+      image: an RGB image of any size.
+      rng: draws the box and the flip.
+      size: of the view.
+      config: area, aspect ratio and flip probability; no colour operation is applied.
+    """
+    top, left, height, width = random_box(rng, image.height, image.width, config)
+    view = resize(image.crop((left, top, left + width, top + height)), size)
+    flip = rng.random() < config.flip_probability
+    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view
+
+
+def random_box(
+    rng: np.random.Generator, height: int, width: int, config: augment.AugmentConfig
+) -> tuple[int, int, int, int]:
+    """Draws (top, left, height, width) of a box, in pixels, as `augment.sample_view` does.
+
+    An area fraction and a logarithmic aspect ratio are uniform in their ranges; the first of ten
+    boxes that fits is placed uniformly, else the largest central one with a ratio in range taken.
+    """
+    low, high = config.aspect
+    for _ in range(_NUM_ATTEMPTS):
+        area = height * width * rng.uniform(*config.area)
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top, left = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1)
+            return int(top), int(left), box_height, box_width
+    box_height, box_width = min(height, round(width / low)), min(width, round(height * high))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width

@@ -1,0 +1,294 @@
+"""The job: one computation on one encoder, with a folder of its own, and the only protocol for it.
+
+    job = LabelFree(encoder="demo", images="folder:photos", protocol=EvaluationConfig(...))
+    summary = job.run("runs/demo")      # or job.run(), which keeps nothing
+    print(summary); summary.to_dataframe()
+
+A command line, the benchmark and a notebook make the same object. It is a frozen dataclass of what
+is asked for; `identity` is what determines its numbers; `compute` writes parts as they finish, so
+that a killed run computes only what is missing and ends with the same numbers; `merge` makes the
+summary of all hosts' parts. A new kind of job is one file with a subclass that registers itself.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import jax
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+
+from ur_jax import data, devices, runs
+from ur_jax.data import ImageSource
+from ur_jax.devices import hosts
+from ur_jax.encoders import loading
+from ur_jax.encoders.base import Encoder
+from ur_jax.errors import MissingPackageError, UserError
+from ur_jax.jobs.progress import Progress, quiet, watched
+from ur_jax.registry import Registry
+from ur_jax.runs import Run
+from ur_jax.runs.summary import Summary
+
+EncoderLike = Encoder | str
+ImagesLike = ImageSource | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """Where a job is computed, and by whom; nothing here changes a number.
+
+    Attributes:
+      run: the job's folder.
+      bank: folder of clean representations that jobs on the same encoder share; None for none.
+      host: number of this host; it computes every `num_hosts`-th part.
+      num_hosts: how many there are. A job may go on with another number of them.
+      mesh: this host's devices.
+      num_workers: processes that load images; 0 loads in threads of this one.
+      progress: shows progress.
+    """
+
+    run: Run
+    bank: Path | None = None
+    host: int = 0
+    num_hosts: int = 1
+    mesh: Mesh = dataclasses.field(default_factory=devices.data_mesh)
+    num_workers: int = 0
+    progress: Progress = quiet
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A curve of one encoder in a figure of the report.
+
+    Attributes:
+      figure: name of the figure (and of its files); curves of one figure share the fields below.
+      panel: heading of the panel within the figure.
+      x_label, y_label: of the axes, with units.
+      caption: what the figure shows and which direction is robust, a sentence or two.
+      x, value: (N,) points.
+      low, high: (N,) ends of the 95 % interval, if there is one.
+      kind: "line", "step" (a share as a step function) or "points".
+    """
+
+    figure: str
+    panel: str
+    x_label: str
+    y_label: str
+    caption: str
+    x: np.ndarray
+    value: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    kind: str = "line"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(abc.ABC):
+    """One computation on one encoder; the docstrings below are the help of its flags."""
+
+    kind: ClassVar[str]
+    """Its name in `JOBS`: the command that runs it."""
+    image_fields: ClassVar[tuple[str, ...]] = ("images",)
+    """Fields that name images."""
+    not_identity: ClassVar[tuple[str, ...]] = ()
+    """Fields that change no number, such as a place or a batch size."""
+    presets: ClassVar[Mapping[str, Job]] = {}
+    """Named settings; the first one is the default."""
+
+    encoder: EncoderLike = tyro.MISSING
+    """Checkpoint directory, published file (with --name), an encoder that ships (demo), or a
+    function that makes one: package.module:make or file.py:make."""
+    images: ImagesLike = tyro.MISSING
+    """Image spec: folder:PATH, tfds:NAME/SPLIT or demo."""
+    name: str | None = None
+    """Which encoder a published file holds."""
+    representation: str = "paper"
+    """paper, backbone, projection or another output of the network."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is asked for, beside encoder and images: the fields that change numbers."""
+        left_out = {f.name for f in dataclasses.fields(Job)}
+        left_out |= {*self.image_fields, *self.not_identity}
+        fields = [f.name for f in dataclasses.fields(self) if f.name not in left_out]
+        return {name: getattr(self, name) for name in fields}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the numbers: settings, the encoder, the images' content; no place."""
+        images = {field: self.source(field).content_hash for field in self.image_fields}
+        return {"job": self.kind, **loading.described(self.model), **images, **self.settings}
+
+    @property
+    def model(self) -> Encoder:
+        """The encoder, of a job that is `opened`."""
+        assert isinstance(self.encoder, Encoder), self.encoder
+        return self.encoder
+
+    def source(self, field: str = "images") -> ImageSource:
+        """The images of a field, of a job that is `opened`."""
+        source = getattr(self, field)
+        assert isinstance(source, ImageSource), source
+        return source
+
+    def opened(self) -> Self:
+        """This job with its encoder loaded and its images listed, where they were only named.
+
+        Raises:
+          UserError: for what cannot be loaded or opened.
+        """
+        for field in ("encoder", *self.image_fields):
+            if getattr(self, field) is tyro.MISSING:
+                raise UserError(f"Expected {field} for {self.kind}, got none.")
+        changes: dict[str, Any] = {}
+        if not isinstance(self.encoder, Encoder):
+            changes["encoder"] = loading.load_encoder(
+                self.encoder, self.name, self.representation, self.dtype
+            )
+        for field in self.image_fields:
+            if isinstance(getattr(self, field), str):
+                changes[field] = data.open_images(getattr(self, field))
+        return dataclasses.replace(self, **changes)
+
+    def settled(self, begun: Mapping[str, Any], mesh: Mesh) -> Self:
+        """This job with what is found out on the machine, such as a batch size that fits.
+
+        Args:
+          begun: the identity that a run which goes on began with; {} for a new one.
+          mesh: this host's devices.
+        """
+        return self
+
+    def check(self, mesh: Mesh) -> None:  # noqa: B027
+        """Raises UserError for settings that cannot be met, before a folder is claimed."""
+
+    @property
+    def samples(self) -> int:
+        """Images that will pass through the encoder, an attack's step counted as 3; 0 unknown."""
+        return 0
+
+    @abc.abstractmethod
+    def compute(self, session: Session) -> None:
+        """Computes this host's share of the parts that are missing."""
+
+    @abc.abstractmethod
+    def merge(self, session: Session) -> Summary:
+        """Makes the tables and the summary of all hosts' parts, once all are there."""
+
+    def draw(self, session: Session) -> None:  # noqa: B027
+        """Writes plots of a merged run."""
+
+    @classmethod
+    def remarks(cls, summary: Summary) -> Iterator[str]:
+        """Lines that the command prints below the table."""
+        if summary.unreadable:
+            yield f"{len(summary.unreadable)} unreadable images were left out."
+
+    @classmethod
+    def curves(
+        cls, folder: Path, summary: Summary, siblings: Mapping[str, Summary]
+    ) -> Iterator[Curve]:
+        """What the report draws of a finished run, from its tables.
+
+        Args:
+          folder: the run's.
+          summary: of the run.
+          siblings: of the encoder's other jobs, {stage: summary}.
+        """
+        yield from ()
+
+    def summary(
+        self,
+        rows: Sequence[runs.Row],
+        unreadable: Mapping[str, str] | None = None,
+        **details: Any,
+    ) -> Summary:
+        """The summary of this job, for `merge` to return."""
+        title = f"{self.kind}: {self.model.name} ({self.model.representation})"
+        return Summary(
+            self.kind,
+            f"{title} on {self.source().spec}",
+            self.identity,
+            tuple(rows),
+            unreadable or {},
+            details,
+        )
+
+    def run(
+        self,
+        out: str | os.PathLike | None = None,
+        *,
+        bank: Path | None = None,
+        num_workers: int = 0,
+        progress: Progress = watched,
+        plots: bool = True,
+    ) -> Summary:
+        """Computes what is missing, on all hosts that call it, and returns the summary.
+
+        Args:
+          out: the folder of the results; a run that stopped there goes on. None keeps nothing.
+          bank: folder of clean representations that jobs on the same encoder share.
+          num_workers: processes that load images.
+          progress: shows progress; `progress.quiet` shows none.
+          plots: also draw.
+
+        Returns:
+          What `merge` made, on every host.
+
+        Raises:
+          UserError: for bad input, or a folder that holds another job's results.
+        """
+        with contextlib.ExitStack() as stack:
+            folder = out or stack.enter_context(tempfile.TemporaryDirectory())
+            path = runs.as_folder(folder)
+            with hosts.before_merge():
+                mesh = devices.data_mesh()
+                claim = path / "config.json"
+                begun = runs.read_json(claim) if claim.exists() else {}
+                job = self.opened().settled(begun, mesh)
+                job.check(mesh)
+                session = Session(
+                    runs.open_run(path, job.identity), bank,
+                    jax.process_index(), jax.process_count(), mesh, num_workers, progress,
+                )  # fmt: skip
+                job.compute(session)
+            with hosts.before_merge():
+                if hosts.is_first():
+                    summary = job.merge(session)
+                    if plots and out is not None:
+                        _draw(job, session)
+                    summary.write(path / "summary.json")  # last: with it, the job is finished
+            return Summary.read(path / "summary.json")
+
+
+def _draw(job: Job, session: Session) -> None:
+    """Draws, where what draws is installed."""
+    try:
+        job.draw(session)
+    except MissingPackageError as error:
+        warnings.warn(f"No plots were drawn. {error}", stacklevel=2)
+
+
+JOBS: Registry[type[Job]] = Registry("job", "ur_jax.jobs")
+"""Every kind of job, by the name of its command."""
+
+
+def register(name: str):
+    """Decorates a subclass of `Job`: names it and adds it to `JOBS`."""
+
+    def add(job: type[Job]) -> type[Job]:
+        job.kind = name
+        return JOBS.register(name, job)
+
+    return add

@@ -1,0 +1,384 @@
+"""The label-free table of one encoder: attacks, distances, overlap, breakaway and neighbours.
+
+    python experiments/evaluate.py --encoder demo --images demo --preset quick --out runs/demo
+
+Writes to --out: `summary.json` (value, interval and n of every metric, with what made them),
+`attacks.parquet`, `pairs.parquet`, `neighbours.parquet` (per image), `distances.parquet` (the
+distribution of clean distances), `distances.png`, `margins.png`, `gallery.png`. A killed run
+resumes where it stopped and ends with the same numbers. On several hosts start the same command on
+each: batches are divided over the hosts, a batch over each host's devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+
+from ur_jax import devices, metrics, runs
+from ur_jax.attacks import AttackConfig, u_pgd
+from ur_jax.data import ImageBatch, evenly_spaced, load_uint8
+from ur_jax.devices import hosts, memory
+from ur_jax.distances import distance
+from ur_jax.encoders.base import Encoder
+from ur_jax.errors import UserError, unknown_name
+from ur_jax.jobs import label_free_tables as tables
+from ur_jax.jobs import parts
+from ur_jax.jobs.base import Curve, Job, Session, register
+from ur_jax.jobs.label_free_tables import DIVERGENCES
+from ur_jax.runs.summary import Summary
+from ur_jax.types import Array
+
+STAGES = ("distances", "attacks", "overlap", "breakaway")
+"""What can be evaluated on its own; all but overlap need the clean representations of the bank."""
+
+_NUM_SHOWN = 6
+_BANK = ("num_clean", "num_distribution")
+_SETTINGS = {
+    "distances": _BANK,
+    "attacks": (*_BANK, "num_images", "eps", "step_size", "read_at", "nearest_level"),
+    "overlap": ("num_images", "overlap_eps", "overlap_steps", "step_size"),
+    "breakaway": ("num_clean", "num_images", "breakaway_eps", "breakaway_steps", "step_size"),
+}
+_STEP_COST = 3  # forward passes that a step costs, with its gradient
+# Streams of random numbers, one per use; `tables.DISTRIBUTION` is the seventh.
+_UNTARGETED, _TARGETED, _TARGETS, _OVERLAP, _PAIRS, _BREAKAWAY = range(6)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """The label-free protocol; the defaults are the paper's.
+
+    Attributes:
+      num_images: images attacked, and pairs of the overlap risk (at most half of all images).
+      num_clean: images of the bank that breakaway risk and neighbours look in; None for all.
+      num_distribution: images of the distance distribution, a subset of the bank; None for all.
+      eps: radii of the attacks, linf, pixel units.
+      step_size: of every attack.
+      read_at: steps at which attacks are read.
+      overlap_eps, overlap_steps: the attacks on pairs.
+      breakaway_eps, breakaway_steps: the attack of breakaway risk and neighbour accuracy.
+      batch_size: images per batch, over all devices of a host; None where a script is to find the
+        largest that fits, see `fit_batch_size`.
+      nearest_level: distances become quantiles by the nearest stored level, as in the authors'
+        code (departure 8), instead of by the exact distribution.
+      seed: of every random draw.
+
+    Raises:
+      ValueError: for a value out of range.
+    """
+
+    num_images: int = 1000
+    num_clean: int | None = None
+    num_distribution: int | None = 100_000
+    eps: tuple[float, ...] = (0.05, 0.10)
+    step_size: float = 0.001
+    read_at: tuple[int, ...] = (5, 10, 30, 50)
+    overlap_eps: float = 0.05
+    overlap_steps: int = 10
+    breakaway_eps: float = 0.05
+    breakaway_steps: int = 25
+    batch_size: int | None = 64
+    nearest_level: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.eps or not self.read_at or min(self.read_at) < 1:
+            raise UserError(
+                f"Expected at least one eps and steps read_at >= 1, got {self.eps}, {self.read_at}."
+            )
+        for field in ("num_images", "num_clean", "num_distribution", "batch_size"):
+            value = getattr(self, field)
+            if value is not None and value < 2:
+                raise UserError(f"Expected {field} >= 2, got {value}.")
+        for eps in (*self.eps, self.overlap_eps, self.breakaway_eps):
+            self.attack(eps, 1)
+
+    def of_stages(self, stages: Sequence[str]) -> dict[str, Any]:
+        """The settings that the results of some stages depend on, {field: value}."""
+        names = {"seed", "batch_size"}.union(*(_SETTINGS[stage] for stage in stages))
+        return {k: v for k, v in dataclasses.asdict(self).items() if k in names}
+
+    def attack(self, eps: float, num_steps: int) -> AttackConfig:
+        """The U-PGD of these settings."""
+        return AttackConfig(eps=eps, step_size=self.step_size, num_steps=num_steps)
+
+
+@register("evaluate")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelFree(Job):
+    """The paper's label-free measures of one encoder, but for certification."""
+
+    stages: tuple[Literal["distances", "attacks", "overlap", "breakaway"], ...] = STAGES
+    """What to evaluate."""
+    protocol: tyro.conf.OmitArgPrefixes[EvaluationConfig] = EvaluationConfig()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"stages": list(self.stages), "protocol": self.protocol.of_stages(self.stages)}
+
+    @property
+    def samples(self) -> int:
+        """Images that will pass through the encoder, a step of an attack counted as 3."""
+        protocol, total = self.protocol, len(self.source())
+        attacked = min(protocol.num_images, total)
+        steps = _STEP_COST * (max(protocol.read_at) + 1)
+        return sum(
+            {
+                "distances": protocol.num_clean or total,
+                "attacks": len(protocol.eps) * attacked * (2 * steps + 1),
+                "overlap": 2
+                * min(attacked, total // 2)
+                * (_STEP_COST * protocol.overlap_steps + 1),
+                "breakaway": attacked * (_STEP_COST * protocol.breakaway_steps + 1),
+            }[stage]
+            for stage in self.stages
+        )
+
+    def settled(self, begun: Mapping[str, Any], mesh: Mesh) -> LabelFree:
+        """With a batch size: what fits on every host, or what the run began with."""
+        if self.protocol.batch_size is not None:
+            return self
+        size = begun.get("protocol", {}).get("batch_size")
+        if size is None:
+            fitting = fit_batch_size(self.protocol, self.model, mesh, jax.process_count())
+            size = int(hosts.on_all_hosts(fitting).min())
+        return dataclasses.replace(
+            self, protocol=dataclasses.replace(self.protocol, batch_size=size)
+        )
+
+    def check(self, mesh: Mesh) -> None:
+        for stage in self.stages:
+            if stage not in STAGES:
+                raise unknown_name("stage", stage, STAGES)
+        if not self.stages:
+            raise UserError(f"Expected at least one stage of {', '.join(STAGES)}.")
+        check_fits(self.protocol, len(self.source()), mesh)
+
+    def compute(self, session: Session) -> None:
+        job = dataclasses.replace(self, encoder=devices.replicate(session.mesh, self.model))
+        if self._needs_bank:
+            job._clean(session)
+        compute = {"attacks": job._attacks, "overlap": job._overlap, "breakaway": job._breakaway}
+        for stage in self.stages:
+            if stage != "distances":  # they follow from the bank
+                compute[stage](session)
+
+    def merge(self, session: Session) -> Summary:
+        clean = self._bank(session).run.read_parts("clean") if self._needs_bank else {}
+        run, config = session.run, self.protocol
+        distributions = {}
+        if {"distances", "attacks"} & set(self.stages):
+            distributions = tables.distributions(clean, config)
+        make = {
+            "distances": lambda: tables.distance_rows(run, distributions, clean, config),
+            "attacks": lambda: tables.attack_rows(run, distributions, config),
+            "breakaway": lambda: tables.breakaway_rows(run, clean, config, session.mesh),
+            "overlap": lambda: tables.overlap_rows(run, config),
+        }
+        rows = [row for stage, table in make.items() if stage in self.stages for row in table()]
+        left_out = parts.unreadable(run, *([clean] if clean else []), but=("gallery",))
+        return self.summary(rows, left_out)
+
+    def draw(self, session: Session) -> None:
+        from ur_jax.report import plots  # needs matplotlib, of the extra "report"
+
+        out = session.run.path
+        if "attacks" in self.stages:
+            plots.plot_distances(out / "distances.png", runs.read_table(out / "attacks.parquet"))
+        if "overlap" in self.stages:
+            plots.plot_margins(out / "margins.png", runs.read_table(out / "pairs.parquet"))
+        if "breakaway" not in self.stages:
+            return
+        clean = self._bank(session).run.read_parts("clean")
+        gallery = tables.gallery(session.run, clean, session.mesh)
+        rows = gallery["neighbours"]
+        decoded = load_uint8(
+            self.source(), rows.ravel(),
+            input_size=self.model.input_size, preparation=self.model.preparation,
+        ).images  # fmt: skip
+        plots.plot_gallery(
+            out / "gallery.png",
+            gallery["images"],
+            gallery["attacked_images"],
+            decoded.reshape(*rows.shape, *decoded.shape[1:]) / 255.0,
+            rows == gallery["index"][:, None],
+        )
+
+    @classmethod
+    def curves(
+        cls, folder: Path, summary: Summary, siblings: Mapping[str, Summary]
+    ) -> Iterator[Curve]:
+        stages = summary.identity.get("stages", ())
+        scale = tables.median_clean_distance((summary, *siblings.values()))
+        if "attacks" in stages:
+            yield from tables.attack_curves(folder, scale)
+        if "overlap" in stages and scale is not None:
+            yield tables.margin_curve(folder, scale)
+
+    @property
+    def _needs_bank(self) -> bool:
+        """Whether clean representations of the bank are needed."""
+        return bool(set(self.stages) - {"overlap"})
+
+    def _bank(self, session: Session) -> Session:
+        """The session in the folder of the bank."""
+        config, source = self.protocol, self.source()
+        num_images = config.num_clean or len(source)
+        return parts.with_bank(session, self.model, source, num_images, config.batch_size)
+
+    def _clean(self, session: Session) -> None:
+        """Clean representations of the bank: {"index" (N,), "clean" (N,D)}."""
+        indices = evenly_spaced(len(self.source()), self.protocol.num_clean or len(self.source()))
+        stage = parts.Stage("clean", "clean representations", (indices,), self.protocol.batch_size)
+        parts.clean_representations(self._bank(session), self.model, self.source(), stage)
+
+    def _attacks(self, session: Session) -> None:
+        """Untargeted and targeted attacks of the same images at each eps."""
+        indices = evenly_spaced(len(self.source()), self.protocol.num_images)
+        targets = _derangement(indices, self._key(_TARGETS))
+        num_steps = max(self.protocol.read_at) + 1  # entry t is read before step t
+        for eps in self.protocol.eps:
+            attack = self.protocol.attack(eps, num_steps)
+            for mode, stream in (("untargeted", _UNTARGETED), ("targeted", _TARGETED)):
+                compute = functools.partial(self._history, session.mesh, stream, attack)
+                others = (targets,) if mode == "targeted" else ()
+                name, title = f"{mode}_{eps:g}", f"{mode} attack, eps {eps:g}"
+                self._stage(session, name, title, compute, indices, *others)
+
+    def _history(
+        self,
+        mesh: Mesh,
+        stream: int,
+        attack: AttackConfig,
+        batch: ImageBatch,
+        target: ImageBatch | None = None,
+    ) -> dict[str, Any]:
+        """What is read of an attack, at each step."""
+        towards = None if target is None else self._encode(mesh, target)
+        result = self._u_pgd(mesh, batch, stream, attack, towards)
+        history = {name: getattr(result.history, name) for name in tables.HISTORY}
+        return history | ({} if target is None else {"target": target.indices})
+
+    def _overlap(self, session: Session) -> None:
+        """Disjoint pairs, each image attacked towards the other."""
+        config, mesh = self.protocol, session.mesh
+        num_pairs = min(config.num_images, len(self.source()) // 2)
+        indices = evenly_spaced(len(self.source()), 2 * num_pairs)
+        indices = np.asarray(jax.random.permutation(self._key(_PAIRS), indices.astype(np.int32)))
+        attack = config.attack(config.overlap_eps, config.overlap_steps)
+
+        def compute(first, second):
+            x, y = self._encode(mesh, first), self._encode(mesh, second)
+            x_to_y = self._u_pgd(mesh, first, _OVERLAP, attack, y).representations
+            y_to_x = self._u_pgd(mesh, second, _OVERLAP, attack, x).representations
+            margins = {
+                f"margin_{d}": metrics.adversarial_margin(x, y, x_to_y, y_to_x, divergence=d)
+                for d in DIVERGENCES
+            }
+            clean = {f"clean_dist_{d}": distance(x, y, divergence=d) for d in DIVERGENCES}
+            return {"second": second.indices, **margins, **clean}
+
+        first, second = indices[:num_pairs], indices[num_pairs:]
+        self._stage(session, "overlap", "pairs attacked both ways", compute, first, second)
+
+    def _breakaway(self, session: Session) -> None:
+        """The attack whose images are looked up among the clean ones."""
+        config, mesh = self.protocol, session.mesh
+        attack = config.attack(config.breakaway_eps, config.breakaway_steps)
+        indices = evenly_spaced(len(self.source()), config.num_images)
+
+        def compute(batch):
+            result = self._u_pgd(mesh, batch, _BREAKAWAY, attack, None)
+            clean = self._encode(mesh, batch)
+            if batch.indices[0] == indices[0]:
+                readable = np.flatnonzero(batch.mask)  # and no padding
+                count = min(_NUM_SHOWN, len(readable))
+                rows = readable[evenly_spaced(len(readable), count)] if count else readable
+                shown = {"images": batch.images, "attacked_images": np.asarray(result.images)}
+                shown["index"] = batch.indices
+                session.run.write_part("gallery", 0, {k: v[rows] for k, v in shown.items()})
+            return {"attacked": result.representations, "clean": clean}
+
+        self._stage(session, "breakaway", "breakaway attack", compute, indices)
+
+    def _stage(
+        self, session: Session, name: str, title: str, compute: Any, *indices: np.ndarray
+    ) -> None:
+        """Computes this host's missing parts of a stage."""
+        parts.run_stage(
+            session,
+            parts.Stage(name, title, indices, self.protocol.batch_size),
+            self.source(),
+            compute,
+            input_size=self.model.input_size,
+            preparation=self.model.preparation,
+        )
+
+    def _key(self, stream: int) -> Array:
+        """The key of one use of randomness."""
+        return jax.random.fold_in(jax.random.key(self.protocol.seed), stream)
+
+    def _encode(self, mesh: Mesh, batch: ImageBatch) -> Array:
+        """Clean representations (B,D) of a batch."""
+        return parts.encode(self.model, devices.shard(mesh, batch.images))
+
+    def _u_pgd(
+        self, mesh: Mesh, batch: ImageBatch, stream: int, attack: AttackConfig,
+        target: Array | None,
+    ):  # fmt: skip
+        """`u_pgd` of a batch over the devices, each image's start drawn by its own index."""
+        fold = jax.vmap(jax.random.fold_in, (None, 0))
+        keys = fold(self._key(stream), batch.indices.astype(np.uint32))
+        images, keys = devices.shard(mesh, (batch.images, keys))
+        return u_pgd(self.model, images, keys, config=attack, target=target)
+
+
+LabelFree.presets = {
+    "paper": LabelFree(),
+    "quick": LabelFree(
+        protocol=EvaluationConfig(num_images=64, read_at=(5, 10, 20), num_distribution=None)
+    ),
+}
+
+
+def fit_batch_size(
+    config: EvaluationConfig, encoder: Encoder, mesh: Mesh, num_hosts: int = 1
+) -> int:
+    """Images per batch: as many as an attack on them has room for, on all devices of a mesh.
+
+    Args:
+      config: the protocol.
+      encoder: the encoder.
+      mesh: a host's devices.
+      num_hosts: how many there are; a batch is no larger than a host's share of attacked images.
+    """
+    attack = config.attack(max(config.eps), 2)  # its memory does not grow with its steps
+    attacked = lambda encoder, images: u_pgd(encoder, images, jax.random.key(0), config=attack)
+    most = memory.fit_batch_size(attacked, encoder, (*encoder.input_size, 3))
+    return mesh.size * min(most, math.ceil(config.num_images / (num_hosts * mesh.size)))
+
+
+def check_fits(config: EvaluationConfig, num_images: int, mesh: Mesh) -> None:
+    """Raises UserError for more samples than images, or a batch that the devices can't divide."""
+    if config.batch_size is None:
+        raise UserError("Expected a batch_size, got None; `fit_batch_size` finds one.")
+    devices.check_divisible(config.batch_size, mesh)
+    for wanted in (config.num_images, config.num_clean):
+        evenly_spaced(num_images, wanted or num_images)
+
+
+def _derangement(indices: np.ndarray, key: Array) -> np.ndarray:
+    """Gives every image another one as target: the next on a random cycle through all of them."""
+    order = np.asarray(jax.random.permutation(key, len(indices)))
+    targets = np.empty_like(indices)
+    targets[order] = indices[np.roll(order, -1)]
+    return targets

@@ -1,0 +1,98 @@
+"""Progress for whoever watches: a bar in a terminal, a line in a notebook, now and then a line in a
+log."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+console = Console()
+_LOG_SECONDS = 60.0
+
+
+class Progress(Protocol):
+    """Passes items on and shows how far they are."""
+
+    def __call__(
+        self, iterable: Iterable[Any], description: str, total: int, /
+    ) -> Iterable[Any]: ...
+
+
+def quiet(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+    """Passes items on and shows nothing."""
+    return iterable
+
+
+def watched(iterable: Iterable[Any], description: str, total: int) -> Iterator[Any]:
+    """Passes items on under a bar with the time left; one line at the end where nobody watches."""
+    with counter(description, total) as update:
+        for number, item in enumerate(iterable, start=1):
+            yield item
+            update(number, "")
+    if not (console.is_terminal or console.is_jupyter):
+        console.print(f"{description}: {total} batches done", highlight=False)
+
+
+@contextlib.contextmanager
+def counter(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Gives update(completed, text) of a progress bar; a line a minute where nobody watches."""
+    if console.is_jupyter:
+        yield _notebook_line(description, total)
+        return
+    shown = time.monotonic()
+    with RichProgress(
+        *_columns(),
+        TextColumn("{task.fields[text]}"),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(description, total=total, text="")
+
+        def update(completed: int, text: str) -> None:
+            nonlocal shown
+            bar.update(task, completed=completed, text=text)
+            if not console.is_terminal and time.monotonic() - shown > _LOG_SECONDS:
+                shown = time.monotonic()
+                console.print(f"{description}: {completed}/{total} {text}", highlight=False)
+
+        yield update
+
+
+def _notebook_line(description: str, total: int) -> Callable[[int, str], None]:
+    """A line of a notebook's output that is written anew: no widget has to be installed for it."""
+    from IPython.display import display
+
+    start = time.monotonic()
+    handle = display({"text/plain": description}, raw=True, display_id=True)
+
+    def update(completed: int, text: str) -> None:
+        seconds = time.monotonic() - start
+        left = seconds / max(completed, 1) * (total - completed)
+        line = f"{description}: {completed}/{total}, {seconds:.0f} s, {left:.0f} s left {text}"
+        handle.update({"text/plain": line}, raw=True)
+
+    return update
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    """Of a progress bar."""
+    return (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )

@@ -1,0 +1,372 @@
+"""What is measured: sweeps over works, encoders, dtypes and batch sizes, within a time budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ur_jax.devices import check_divisible, data_mesh
+from ur_jax.encoders.base import DTYPES
+from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.errors import UserError, unknown_name
+from ur_jax.performance import work
+from ur_jax.performance.timing import Peaks, Times, Workload, device_peaks, time_by_turns
+
+AGAINST = ("nothing", "torch")
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Every work with every encoder, dtype and batch size.
+
+    Attributes:
+      works: names of `work.WORKS`.
+      encoders: names of `ENCODERS`.
+      dtypes: "float32", "bfloat16".
+      batch_sizes: images over all devices.
+      num_steps: steps of an attack.
+      num_samples: noisy samples of an image; cap of a certificate's.
+      num_center: samples that give a certificate's center.
+      num_rows: rows of the bank that distances go to.
+      repeats: timed runs of each implementation.
+
+    Raises:
+      ValueError: for an unknown name or a number below 1.
+    """
+
+    works: tuple[str, ...] = ("u_pgd", "forward", "noisy")
+    encoders: tuple[str, ...] = ("resnet50",)
+    dtypes: tuple[str, ...] = ("float32",)
+    batch_sizes: tuple[int, ...] = (8,)
+    num_steps: int = 2
+    num_samples: int = 16
+    num_center: int = 2_000
+    num_rows: int = 10_000
+    repeats: int = 5
+
+    def __post_init__(self):
+        known = {"works": work.WORKS, "encoders": ENCODERS, "dtypes": DTYPES}
+        for field, names in known.items():
+            for name in getattr(self, field):
+                if name not in names:
+                    raise unknown_name(field.removesuffix("s"), name, names)
+        counts = ("num_steps", "num_samples", "num_center", "num_rows", "repeats")
+        for name, value in [(n, getattr(self, n)) for n in counts] + [
+            ("batch size", size) for size in self.batch_sizes
+        ]:
+            if value < 1:
+                raise UserError(f"Expected {name} >= 1, got {value}.")
+
+    def cases(self) -> Iterator[tuple[str, work.Size]]:
+        """Yields (work, size), the works outermost."""
+        axes = (self.works, self.encoders, self.dtypes, self.batch_sizes)
+        rest = (self.num_steps, self.num_samples, self.num_center, self.num_rows)
+        for name, encoder, dtype, batch_size in itertools.product(*axes):
+            yield name, work.Size(encoder, dtype, batch_size, *rest)
+
+
+_CERTIFICATES = ("certificates", "adaptive")
+
+PRESETS: dict[str, tuple[Sweep, ...]] = {
+    "cpu": (
+        Sweep(),
+        Sweep(works=("center", "distances"), encoders=("mocov2",), batch_sizes=(64,)),
+        Sweep(
+            works=("u_pgd", "forward", "training"),
+            encoders=("demo",),
+            batch_sizes=(64,),
+            num_steps=5,
+        ),
+        Sweep(
+            works=_CERTIFICATES, encoders=("demo",), batch_sizes=(64,), num_samples=5_000, repeats=2
+        ),
+    ),
+    # In the order of what matters: the budget may end before the list does.
+    "gpu": (
+        Sweep(
+            works=("u_pgd", "noisy"),
+            dtypes=("bfloat16", "float32"),
+            batch_sizes=(256,),
+            num_steps=10,
+            num_samples=2_560,
+        ),
+        Sweep(
+            works=("forward",), encoders=("mae", "mocov3"), dtypes=("bfloat16",), batch_sizes=(256,)
+        ),
+        Sweep(
+            works=("center", "distances"), batch_sizes=(256,), num_center=10_000, num_rows=100_000
+        ),
+        Sweep(works=("u_pgd",), dtypes=("bfloat16",), batch_sizes=(32, 1024), num_steps=10),
+        Sweep(
+            works=_CERTIFICATES,
+            dtypes=("bfloat16",),
+            batch_sizes=(1024,),
+            num_samples=100_000,
+            num_center=10_000,
+            repeats=1,
+        ),
+        Sweep(works=("training",), batch_sizes=(192,), repeats=5),
+    ),
+    # How time grows with images, steps, samples and the bank.
+    "scaling": (
+        Sweep(works=("forward", "u_pgd"), encoders=("demo",), batch_sizes=(16, 64, 256, 1024)),
+        *(
+            Sweep(works=("u_pgd",), encoders=("demo",), batch_sizes=(64,), num_steps=num)
+            for num in (8, 32)
+        ),
+        *(
+            Sweep(works=("noisy",), encoders=("demo",), batch_sizes=(64,), num_samples=num)
+            for num in (1_024, 8_192)
+        ),
+        *(
+            Sweep(works=("center",), encoders=("demo",), batch_sizes=(64,), num_center=num)
+            for num in (2_500, 5_000, 10_000)
+        ),
+        *(
+            Sweep(works=("distances",), encoders=("demo",), batch_sizes=(64,), num_rows=num)
+            for num in (10_000, 100_000, 1_000_000)
+        ),
+    ),
+    "toy": (
+        Sweep(
+            works=tuple(name for name in work.WORKS if name not in _CERTIFICATES),
+            encoders=("demo",),
+            batch_sizes=(4,),
+            num_samples=8,
+            num_center=64,
+            num_rows=256,
+            repeats=2,
+        ),
+        Sweep(works=("u_pgd", "forward"), batch_sizes=(2,), num_steps=1, repeats=1),
+        Sweep(
+            works=_CERTIFICATES,
+            encoders=("demo",),
+            batch_sizes=(64,),
+            num_center=1_000,
+            num_samples=1_000,
+            repeats=1,
+        ),
+    ),
+}
+"""What to measure: on a CPU, in one command on a GPU, how it scales, or only whether it runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One implementation's measurement.
+
+    Attributes:
+      work: what was done.
+      encoder, dtype, batch_size: with what.
+      implementation: by whom.
+      unit: of the rates.
+      rate: median over the runs.
+      low, high: smallest and largest.
+      per_processor_second: items per second of processor time, of all threads.
+      compile_seconds: compiling, or the first run of what compiles then.
+      warmup_seconds: the run after it, which is not among the measured ones.
+      memory_bytes: what the program holds at its peak, as the compiler or PyTorch says.
+      flops_share: of the device's peak in this dtype.
+      bandwidth_share: of the device's peak.
+      bytes_per_item: to and from memory, as the compiler counts them.
+      ratio: ours over this implementation's rate, the median of the ratios turn by turn.
+      note: what a reader must know.
+    """
+
+    work: str
+    encoder: str
+    dtype: str
+    batch_size: int
+    implementation: str
+    unit: str
+    rate: float
+    low: float
+    high: float
+    per_processor_second: float
+    compile_seconds: float
+    warmup_seconds: float
+    memory_bytes: int | None
+    flops_share: float | None
+    bandwidth_share: float | None
+    bytes_per_item: float | None
+    ratio: float
+    note: str
+
+
+def run(
+    sweeps: Sequence[Sweep],
+    *,
+    against: str = "nothing",
+    budget: float = float("inf"),
+    on_results: Callable[[list[Result], dict[str, Any]], Any] = lambda results, context: None,
+) -> tuple[list[Result], dict[str, Any]]:
+    """Measures every case, ours and PyTorch's by turns in this process.
+
+    Args:
+      sweeps: what to measure, see `PRESETS`.
+      against: "nothing" or "torch".
+      budget: seconds after which no further case begins.
+      on_results: called with all results and the context after each case.
+
+    Returns:
+      The results, and the context: device, peaks, versions, date, cases left out.
+
+    Raises:
+      ValueError: for an unknown name, or a batch that does not divide over the devices.
+      ImportError: if PyTorch is asked for and not installed.
+    """
+    if against not in AGAINST:
+        raise unknown_name("against", against, AGAINST)
+    cases = [(name, size, sweep.repeats) for sweep in sweeps for name, size in sweep.cases()]
+    mesh = data_mesh()
+    for _, size, _ in cases:
+        check_divisible(size.batch_size, mesh)
+    others = lambda name, size: []
+    if against == "torch":
+        from ur_jax.performance import torch_work
+
+        others = torch_work.workloads
+    started = time.monotonic()
+    dtypes = sorted({size.dtype for _, size, _ in cases})
+    peaks = device_peaks(dtypes)
+    context = _context(peaks)
+    results: list[Result] = []
+    for name, size, repeats in cases:
+        label = f"{name} {size.encoder} {size.dtype} {size.batch_size}"
+        if time.monotonic() - started > budget:
+            context["left_out"].append(f"{label}: no time left")
+            continue
+        try:
+            workloads = [work.WORKS[name].make(size), *others(name, size)]
+            times = time_by_turns(workloads, repeats)
+        except RuntimeError as error:  # both libraries' "out of memory": the other cases go on
+            context["left_out"].append(f"{label}: {str(error).splitlines()[0]}")
+            continue
+        results += _results(name, size, workloads, times, peaks)
+        context["seconds"] = time.monotonic() - started
+        context["peak_host_memory_bytes"] = _peak_host_memory()
+        on_results(results, context)
+    return results, context
+
+
+def _results(
+    name: str,
+    size: work.Size,
+    workloads: Sequence[Workload],
+    times: Sequence[Times],
+    peaks: Peaks,
+) -> list[Result]:
+    """The measurements of one case, ours first."""
+    kind, ours = work.WORKS[name], workloads[0].items / times[0].wall
+    results = []
+    for workload, timed in zip(workloads, times, strict=True):
+        rates = kind.per * workload.items / timed.wall
+        seconds, bytes_moved = float(np.median(timed.wall)), workload.bytes_moved
+        results.append(
+            Result(
+                work=name,
+                encoder=size.encoder,
+                dtype=size.dtype,
+                batch_size=size.batch_size,
+                implementation=workload.implementation,
+                unit=kind.unit,
+                rate=float(np.median(rates)),
+                low=float(rates.min()),
+                high=float(rates.max()),
+                per_processor_second=float(workload.items / np.median(timed.processor)),
+                compile_seconds=workload.compile_seconds,
+                warmup_seconds=timed.warmup,
+                memory_bytes=workload.memory,
+                flops_share=_share(workload.flops, seconds, peaks.flops[size.dtype]),
+                bandwidth_share=_share(bytes_moved, seconds, peaks.bandwidth),
+                bytes_per_item=None if bytes_moved is None else bytes_moved / workload.items,
+                ratio=float(np.median(ours / (workload.items / timed.wall))),
+                note=workload.note,
+            )
+        )
+    return results
+
+
+def _share(amount: float | None, seconds: float, peak: float) -> float | None:
+    """Share of the peak rate; None if the amount is not known."""
+    return None if amount is None else amount / seconds / peak
+
+
+def _context(peaks: Peaks) -> dict[str, Any]:
+    """Where and with what it was measured."""
+    devices = jax.local_devices()
+    return {
+        "schema": 1,
+        "date": time.strftime("%Y-%m-%d"),
+        "platform": jax.default_backend(),
+        "device": devices[0].device_kind,
+        "num_devices": len(devices),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "peak_flops": peaks.flops,
+        "peak_bandwidth": peaks.bandwidth,
+        "left_out": [],
+    }
+
+
+def _version(package: str) -> str | None:
+    """Its version; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _peak_host_memory() -> int:
+    """The process's largest resident memory in bytes, on Linux."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+COLUMNS = (
+    *("work", "encoder", "dtype", "batch", "implementation", "rate (smallest to largest)", "unit"),
+    *(
+        "ours over it",
+        "per CPU-s",
+        "compile s",
+        "MiB",
+        "of peak flops",
+        "of peak bandwidth",
+        "note",
+    ),
+)
+"""Of the table, as `cells` gives them."""
+
+
+def cells(result: Result) -> tuple[str, ...]:
+    """Returns a result as the cells of a table."""
+    share = lambda value: "" if value is None else f"{100 * value:.0f} %"
+    return (
+        result.work,
+        result.encoder,
+        result.dtype,
+        str(result.batch_size),
+        result.implementation,
+        f"{result.rate:.4g} ({result.low:.4g} to {result.high:.4g})",
+        result.unit,
+        f"{result.ratio:.2f}",
+        f"{result.per_processor_second:.3g}",
+        f"{result.compile_seconds:.1f}",
+        "" if result.memory_bytes is None else f"{result.memory_bytes / 2**20:.0f}",
+        share(result.flops_share),
+        share(result.bandwidth_share),
+        result.note,
+    )
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """Returns the results as a Markdown table."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, results)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,120 @@
+"""The folder of one run: claimed by one configuration, resumed part by part.
+
+It holds `config.json` (what it computes; another configuration is refused), `parts/` (what is
+finished so far) and, at the end, its tables and `summary.json`.
+"""
+
+from __future__ import annotations
+
+from ur_jax.errors import UserError
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ur_jax.runs.files import as_folder, atomic_path, read_json, write_json
+from ur_jax.runs.files import _plain
+
+
+class OtherConfigurationError(UserError):
+    """A folder holds the results of another configuration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The folder of one run.
+
+    Attributes:
+      path: the folder; made, and claimed by `config.json`, by `open_run`.
+    """
+
+    path: Path
+
+    def part(self, stage: str, number: int) -> Path:
+        """The file of one finished part of a stage."""
+        return self.path / "parts" / stage / f"{number:06d}.npz"
+
+    def has_part(self, stage: str, number: int) -> bool:
+        """Whether a part is finished."""
+        return self.part(stage, number).exists()
+
+    def num_parts(self, stage: str) -> int:
+        """How many parts of a stage are finished, counted from the first without a gap."""
+        folder = self.path / "parts" / stage
+        # One listing: of a bucket, each question takes a while.
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        return next(n for n in itertools.count() if self.part(stage, n).name not in names)
+
+    def write_part(self, stage: str, number: int, arrays: Mapping[str, Any]) -> None:
+        """Writes one finished part, atomically."""
+        with atomic_path(self.part(stage, number)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
+
+    def read_parts(self, stage: str) -> dict[str, np.ndarray]:
+        """All finished parts of a stage, joined along the leading axis."""
+        parts = []
+        for number in range(self.num_parts(stage)):
+            with self.part(stage, number).open("rb") as file, np.load(file) as part:
+                parts.append(dict(part))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def open_run(path: str | os.PathLike, config: Any) -> Run:
+    """Opens the folder of a run, or claims a new one.
+
+    Args:
+      path: the folder.
+      config: what determines the results: JSON values, dataclasses, paths, NumPy values.
+
+    Raises:
+      OtherConfigurationError: if the folder holds another configuration's results (the differing
+        settings are named).
+      ValueError: if it holds files that are no run's.
+    """
+    path = as_folder(path)
+    config = json.loads(json.dumps(config, default=_plain))
+    claim = path / "config.json"
+    if not claim.exists():
+        # Another host may be claiming it: what is being written has a name that begins with a dot.
+        is_new = not path.exists() or (path.is_dir() and all(map(_is_hidden, path.iterdir())))
+        if not is_new and not claim.exists():
+            raise UserError(
+                f"Expected a new or empty folder, or a run to resume; {path} is neither."
+            )
+        if is_new:
+            write_json(claim, config)
+    _refuse_difference(path, json.loads(claim.read_text()), config)
+    return Run(path)
+
+
+def _refuse_difference(path: Path, old: Any, new: Any) -> None:
+    """Raises ValueError if two configurations differ, naming the settings that do."""
+    old, new = (dict(_flatten(config)) for config in (old, new))
+    differing = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    if differing:
+        shown = ", ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differing[:5])
+        raise OtherConfigurationError(
+            f"{path} holds the results of another configuration ({shown}"
+            f"{', ...' if len(differing) > 5 else ''}). Name another --out, or repeat the settings."
+        )
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a name begins with a dot."""
+    return path.name.startswith(".")
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of nested dicts."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value

@@ -1,0 +1,290 @@
+"""Bounds on a probability and on a quantile from counts: float64 on the host, by SciPy.
+
+Two kinds. A *fixed* bound holds at one number of samples chosen in advance (Clopper-Pearson, the
+binomial order statistic, Hoeffding). A *confidence sequence* holds at all numbers of samples
+together, so that one may look after every batch and stop whenever the answer is clear.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy import special, stats
+
+from ur_jax.errors import UserError, unknown_name
+
+Counts = np.ndarray | int
+Probabilities = np.ndarray | float
+
+_BISECTIONS = 64
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raises ValueError unless `value` lies strictly between 0 and 1."""
+    if not 0.0 < value < 1.0:
+        raise UserError(f"Expected {name} strictly between 0 and 1, got {value}; try 0.001.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises ValueError unless `value` is finite and > 0."""
+    if not 0 < value < math.inf:
+        raise UserError(f"Expected {name} > 0, got {value}; use a positive number.")
+
+
+def check_level(level: float, what: str, sigma: float) -> None:
+    """Raises ValueError if the probability that `what` needs is 1, which no samples can show."""
+    if level >= 1.0:
+        raise UserError(
+            f"Expected a probability below 1, but {what} at sigma {sigma:g} needs {level:.17g}, "
+            "which no number of samples shows. Use a smaller radius or a larger sigma."
+        )
+
+
+def clopper_pearson_lower(successes: Counts, n: Counts, alpha: float) -> np.ndarray:
+    """Exact lower confidence bound of a probability, 0 where there was no success.
+
+    Args:
+      successes: number of successes, 0 <= successes <= n.
+      n: number of independent trials, fixed in advance, >= 1.
+      alpha: probability that the bound exceeds the true probability, at most, in (0,1).
+
+    Returns:
+      The bound, float64, of the broadcast shape.
+
+    Guarantee: P(bound > p) <= alpha for every p, over the n trials.
+
+    Reference: Clopper and Pearson (1934).
+    """
+    successes, n = np.broadcast_arrays(np.asarray(successes), np.asarray(n))
+    bound = stats.beta.ppf(alpha, np.maximum(successes, 1), n - successes + 1)
+    return np.where(successes > 0, bound, 0.0)
+
+
+def clopper_pearson_upper(successes: Counts, n: Counts, alpha: float) -> np.ndarray:
+    """Exact upper confidence bound of a probability: 1 - lower bound of the failures."""
+    successes, n = np.broadcast_arrays(np.asarray(successes), np.asarray(n))
+    return 1.0 - clopper_pearson_lower(n - successes, n, alpha)
+
+
+def accepting_count(n: Counts, p: Probabilities, alpha: float) -> np.ndarray:
+    """Smallest k with P(Bin(n, p) >= k) <= alpha; n + 1 where none has.
+
+    Equivalently the smallest count whose Clopper-Pearson lower bound reaches p.
+    """
+    n, p = np.broadcast_arrays(np.asarray(n), np.asarray(p, np.float64))
+    k = stats.binom.isf(alpha, n, p).astype(np.int64) + 1
+    # SciPy's discrete inverse can be one off where the tail is within rounding of alpha.
+    k = np.where(stats.binom.sf(k - 1, n, p) > alpha, k + 1, k)
+    return np.minimum(k, n + 1)
+
+
+def rejecting_count(n: Counts, p: Probabilities, alpha: float) -> np.ndarray:
+    """Largest k with P(Bin(n, p) <= k) <= alpha; -1 where none has."""
+    n, p = np.broadcast_arrays(np.asarray(n), np.asarray(p, np.float64))
+    return n - accepting_count(n, 1.0 - p, alpha)
+
+
+def order_statistic_rank(n: int, p: float, alpha: float) -> int:
+    """Rank of the sample that bounds a quantile from above, exactly.
+
+        k = min {k : P(Bin(n, p) >= k) <= alpha}
+
+    The k-th smallest sample lies below the p-quantile only if at least k of the n samples do,
+    each with probability at most p. No continuity is assumed, and nothing is interpolated.
+
+    Args:
+      n: number of independent samples.
+      p: level of the quantile, in (0,1).
+      alpha: probability that the k-th smallest sample lies below the p-quantile, in (0,1).
+
+    Returns:
+      k, counted from 1.
+
+    Raises:
+      ValueError: if even the largest sample is no such bound; names the n that would do.
+
+    Reference: the binomial (distribution-free) confidence interval of a quantile.
+    """
+    k = int(accepting_count(n, p, alpha))
+    if k > n:
+        # The largest sample will do once p^n <= alpha.
+        needed = math.ceil(math.log(alpha) / math.log(p))
+        raise UserError(
+            f"Expected n >= {needed} to bound the {p:.6g}-quantile at alpha {alpha:g}, got {n}; "
+            f"no order statistic of {n} samples is a bound. Use n = {needed} or more."
+        )
+    return k
+
+
+def hoeffding_level(n: int, p: float, alpha: float) -> float:
+    """Level of the sample quantile that bounds the p-quantile from above, as the reference has it.
+
+        p + sqrt(log(1 / alpha) / (2 n))
+
+    Args:
+      n: number of independent samples.
+      p: level of the quantile, in (0,1).
+      alpha: failure probability, in (0,1).
+
+    Returns:
+      The level, at most 1.
+
+    Raises:
+      ValueError: if the level exceeds 1; names the n that would do.
+
+    Reference: Kumar and Goldstein (2021), Algorithm 2; Hoeffding's inequality.
+    """
+    level = p + math.sqrt(math.log(1.0 / alpha) / (2.0 * n))
+    if level > 1.0:
+        needed = math.ceil(math.log(1.0 / alpha) / (2.0 * (1.0 - p) ** 2))
+        raise UserError(
+            f"Expected n >= {needed} for a quantile level of at most 1, got {n}, which needs the "
+            f"level {level:.6g}. Use n = {needed} or more, or the bound 'exact'."
+        )
+    return level
+
+
+@dataclass(frozen=True)
+class Betting:
+    """Confidence sequence of a probability p by betting, with the Krichevsky-Trofimov mixture.
+
+    The wealth of a gambler who mixes over all bets with the prior Beta(1/2, 1/2),
+
+        M_n(p) = B(k + 1/2, n - k + 1/2) / B(1/2, 1/2) / (p^k (1 - p)^(n - k)),
+
+    is a martingale that starts at 1 if p is the true probability. It reaches 2 / alpha with
+    probability at most alpha / 2 (Ville), ever. The interval at n is {p : M_n(p) < 2 / alpha}:
+    convex, since log M_n is. The other alpha / 2 goes to one Clopper-Pearson bound on either side
+    at the cap, so that who is undecided until then loses next to nothing against a fixed bound.
+
+    Guarantee: P(lower(k_n, n) > p for some n <= n_max) <= alpha, over the samples, whatever looks
+    at the bounds, compares them with how many levels, and stops when. The same of the upper ends,
+    with an alpha of their own.
+
+    Attributes:
+      alpha: failure probability of one side, in (0,1).
+      n_max: the cap on the number of samples.
+
+    Reference: Voracek (2024), confidence sequences by betting; Krichevsky and Trofimov (1981).
+    """
+
+    alpha: float
+    n_max: int
+
+    def lower(self, successes: Counts, n: Counts) -> np.ndarray:
+        """Returns the lower end after n samples, float64, rounded down by bisection."""
+        k, n = np.broadcast_arrays(np.asarray(successes, np.float64), np.asarray(n, np.float64))
+        mixture = _kt_log_probability(k, n)
+        low, high = np.zeros(k.shape), k / n
+        for _ in range(_BISECTIONS):
+            middle = 0.5 * (low + high)
+            excluded = mixture - _log_probability(k, n, middle) >= self._log_wealth
+            low, high = np.where(excluded, middle, low), np.where(excluded, high, middle)
+        last = clopper_pearson_lower(k, n, self.alpha / 2)
+        return np.where(n == self.n_max, np.maximum(low, last), low)
+
+    def accepting(self, n: Counts, p: float) -> np.ndarray:
+        """Returns the smallest count after n samples whose lower end reaches p; n + 1 if none."""
+        n = np.asarray(n, np.int64)
+        low, high = np.floor(n * p).astype(np.int64), n + 1  # the wealth grows with k above n p
+        while np.any(high - low > 1):
+            middle = (low + high) // 2
+            wealth = _kt_log_probability(middle, n) - _log_probability(middle, n, p)
+            accepts = wealth >= self._log_wealth
+            open_ = high - low > 1
+            high = np.where(open_ & accepts, middle, high)
+            low = np.where(open_ & ~accepts, middle, low)
+        last = accepting_count(n, p, self.alpha / 2)
+        return np.where(n == self.n_max, np.minimum(high, last), high)
+
+    @property
+    def _log_wealth(self):
+        """Logarithm of the wealth that excludes a probability."""
+        return math.log(2 / self.alpha)
+
+
+def _kt_log_probability(k, n):
+    """Log probability that the Krichevsky-Trofimov mixture gives one sequence with k successes."""
+    return special.betaln(k + 0.5, n - k + 0.5) - math.log(math.pi)
+
+
+def _log_probability(k, n, p):
+    """Log probability of one sequence with k successes in n trials."""
+    return special.xlogy(k, p) + special.xlog1py(n - k, -p)
+
+
+@dataclass(frozen=True)
+class UnionBound:
+    """Confidence sequence of a probability by Clopper-Pearson bounds at few numbers of samples.
+
+    The numbers grow geometrically up to the cap. One half of alpha is shared equally by all but the
+    last; the cap has the other half. (Voracek gives alpha / (i (i + 1)) to the i-th of an unbounded
+    schedule; with a known cap, equal shares are tighter from the sixth on.)
+
+    Guarantee: P(lower(k_n, n) > p for some n) <= alpha over the samples, and the same of the upper
+    ends with an alpha of their own. At numbers of samples that are not scheduled there is no
+    statement: the lower end is 0 and nothing can be decided.
+
+    Attributes:
+      alpha: failure probability of one side, in (0,1).
+      n_max: the cap on the number of samples.
+      step: the first scheduled number; all but the last are multiples of it.
+      ratio: growth from one to the next, > 1.
+
+    Reference: Voracek (2024), confidence sequences by the union bound.
+    """
+
+    alpha: float
+    n_max: int
+    step: int = 128
+    ratio: float = 1.2
+
+    @cached_property
+    def schedule(self) -> np.ndarray:
+        """The numbers of samples that have bounds, int64, increasing, ending at `n_max`."""
+        exponents = np.arange(1 + math.ceil(math.log(self.n_max) / math.log(self.ratio)))
+        multiples = self.step * np.round(self.ratio**exponents).astype(np.int64)
+        return np.unique(np.minimum(multiples, self.n_max))
+
+    def lower(self, successes: Counts, n: Counts) -> np.ndarray:
+        """Returns the lower end after n samples, float64; 0 where n is not scheduled."""
+        share = self._share(n)
+        bound = clopper_pearson_lower(successes, n, np.where(share > 0, share, 0.5))
+        return np.where(share > 0, bound, 0.0)
+
+    def accepting(self, n: Counts, p: float) -> np.ndarray:
+        """Returns the smallest count after n samples whose lower end reaches p; n + 1 if none."""
+        share = self._share(n)
+        count = accepting_count(n, p, np.where(share > 0, share, 0.5))
+        return np.where(share > 0, count, np.asarray(n) + 1)
+
+    def _share(self, n):
+        """Failure probability of the bound after n samples; 0 where none is scheduled."""
+        earlier = max(len(self.schedule) - 1, 1)
+        share = np.where(np.asarray(n) == self.n_max, self.alpha / 2, self.alpha / 2 / earlier)
+        return np.where(np.isin(n, self.schedule), share, 0.0)
+
+
+ConfidenceSequence = Betting | UnionBound
+
+
+def confidence_sequence(bound: str, *, alpha: float, n_max: int, step: int) -> ConfidenceSequence:
+    """Returns the confidence sequence "betting" or "union" for at most `n_max` samples."""
+    if bound == "betting":
+        return Betting(alpha, n_max)
+    if bound == "union":
+        return UnionBound(alpha, n_max, step)
+    raise unknown_name("confidence sequence", bound, ("betting", "union"))
+
+
+def upper(sequence: ConfidenceSequence, successes: Counts, n: Counts) -> np.ndarray:
+    """Returns the upper end after n samples: 1 - the lower end of the failures."""
+    return 1.0 - sequence.lower(np.asarray(n) - np.asarray(successes), n)
+
+
+def rejecting(sequence: ConfidenceSequence, n: Counts, p: float) -> np.ndarray:
+    """Returns the largest count after n samples whose upper end is at most p; -1 if none."""
+    return np.asarray(n) - sequence.accepting(n, 1.0 - p)

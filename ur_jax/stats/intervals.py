@@ -1,0 +1,152 @@
+"""Numbers with confidence intervals, on the host in float64.
+
+Every interval is over the independent units, the images: one value per image (or per pair of
+images that share none), however many comparisons the value itself sums up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from ur_jax.errors import UserError
+
+
+class Estimate(NamedTuple):
+    """A reported number: its value, the ends of its confidence interval, and how many images."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def median_interval(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
+    """Median with the exact order-statistic interval.
+
+        P(X_(r) <= median <= X_(n+1-r)) >= 1 - 2 P(Binomial(n, 1/2) < r),   X_(r) r-th smallest
+
+    with the largest r that keeps the right side at `confidence`. Holds for any distribution and
+    is conservative, the more so for small n. Where even the range of the data covers less than
+    `confidence` (n < 6 at 95 %), no such interval is finite and the ends are -inf and inf.
+    A monotone transformation by fixed numbers carries over: the interval of d / median F, or of
+    F(d), is that of d transformed, with F taken as given.
+
+    Args:
+      values: one number per image [n], n >= 1, finite.
+      confidence: coverage wanted, in (0, 1).
+
+    Returns:
+      The median with its interval.
+
+    Raises:
+      ValueError: for NaN, infinite or no values, or a confidence outside (0, 1).
+
+    Reference: H. A. David, H. N. Nagaraja, Order Statistics, 3rd ed. (2003), section 7.1.
+    """
+    values = np.sort(_finite(values))
+    n = values.size
+    # ppf is the smallest k with P(K <= k) >= tail, so that P(K < k) < tail, up to a tie.
+    rank = int(stats.binom.ppf(_tail(confidence), n, 0.5))
+    low, high = (values[rank - 1], values[n - rank]) if rank else (-np.inf, np.inf)
+    return Estimate(float(np.median(values)), float(low), float(high), n)
+
+
+def proportion_interval(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
+    """Proportion with the exact (Clopper-Pearson) binomial interval.
+
+    Covers the probability of success with at least `confidence`, whatever it is.
+
+    Args:
+      successes: how many images have the property, 0 <= successes <= n.
+      n: how many images, >= 1.
+      confidence: coverage wanted, in (0, 1).
+
+    Returns:
+      successes / n with its interval.
+
+    Raises:
+      ValueError: for counts out of range, or a confidence outside (0, 1).
+
+    Reference: C. Clopper, E. Pearson, Biometrika 26 (1934).
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise UserError(f"Expected 0 <= successes <= n and n >= 1, got {successes} and {n}.")
+    _tail(confidence)
+    ends = stats.binomtest(int(successes), int(n)).proportion_ci(confidence, method="exact")
+    return Estimate(successes / n, float(ends.low), float(ends.high), int(n))
+
+
+def mean_interval(
+    values: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    seed: int = 0,
+) -> Estimate:
+    """Mean of one number per image, with the BCa bootstrap interval over the images.
+
+    For fractions such as breakaway risk, where an image's own value sums up a million dependent
+    comparisons: only the images are drawn again. The coverage is approximate, and low when a few
+    images in n carry most of the mean. If all values are equal there is nothing to draw; then,
+    but for a probability of (1 - confidence) / 2, at most a share
+    s = 1 - ((1 - confidence) / 2)^(1 / (n - 1)) of images differs, by as much as `bounds` allow,
+    and the interval is (value - s (value - lower), value + s (upper - value)).
+
+    Args:
+      values: one number per image [n], n >= 1, finite and inside `bounds`.
+      confidence: coverage wanted, in (0, 1).
+      bounds: least and largest value possible.
+      seed: of the 9,999 resamples.
+
+    Returns:
+      The mean with its interval.
+
+    Raises:
+      ValueError: for NaN, infinite, no or out-of-bounds values, or a confidence outside (0, 1).
+
+    Reference: B. Efron, "Better bootstrap confidence intervals", JASA 82 (1987).
+    """
+    values = _finite(values)
+    lower, upper = bounds
+    if values.min() < lower or values.max() > upper:
+        raise UserError(
+            f"Expected values inside bounds {bounds}, got {values.min()} to {values.max()}; "
+            f"pass the bounds that hold."
+        )
+    n, mean, tail = values.size, float(values.mean()), _tail(confidence)
+    if np.ptp(values) == 0.0:
+        share = 1.0 - tail ** (1.0 / (n - 1)) if n > 1 else 1.0
+        return Estimate(mean, mean - share * (mean - lower), mean + share * (upper - mean), n)
+    ends = stats.bootstrap(
+        (values,),
+        np.mean,
+        batch=max(1, 2**22 // n),
+        confidence_level=confidence,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(mean, float(ends.low), float(ends.high), n)
+
+
+def _finite(values: ArrayLike) -> np.ndarray:
+    """The values as float64 [n], refused if there are none or some are not finite."""
+    values = np.asarray(values, np.float64).ravel()
+    if values.size == 0:
+        raise UserError("Expected at least one value, got none.")
+    bad = int(np.count_nonzero(~np.isfinite(values)))
+    if bad:
+        raise UserError(
+            f"Expected finite values, got {bad} NaN or infinite of {values.size}; leave those "
+            f"images out and say so, or find what made them (representations, zero distances)."
+        )
+    return values
+
+
+def _tail(confidence: float) -> float:
+    """Probability left on either side of an interval."""
+    if not 0.0 < confidence < 1.0:
+        raise UserError(f"Expected confidence in (0, 1), got {confidence}; 0.95 is usual.")
+    return 0.5 * (1.0 - confidence)
