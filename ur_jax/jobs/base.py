@@ -125,10 +125,20 @@ class Job(abc.ABC):
         return {name: getattr(self, name) for name in fields}
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What determines the numbers: settings, the encoder, the images' content; no place."""
+    def requires(self) -> dict[str, str]:
+        """What other jobs made and this one reads, {name: hash}, such as a probe's weights."""
+        return {}
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What determines the numbers, but for what is `requires`d: known before that is there."""
         images = {field: self.source(field).content_hash for field in self.image_fields}
         return {"job": self.kind, **loading.described(self.model), **images, **self.settings}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the numbers: settings, the encoder, the images' content; no place."""
+        return self.request | ({"requires": requires} if (requires := self.requires) else {})
 
     @property
     def model(self) -> Encoder:
