@@ -1,0 +1,34 @@
+"""Results on disk: the only writer and reader of what lies in a run's folder."""
+
+from ur_jax.runs.files import (
+    as_folder,
+    atomic_path,
+    fingerprint,
+    is_in_bucket,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+)
+from ur_jax.runs.folder import OtherConfigurationError, Run, open_run
+from ur_jax.runs.provenance import SCHEMA, provenance
+from ur_jax.runs.summary import SETTINGS, Row, Summary
+
+__all__ = [
+    "SCHEMA",
+    "SETTINGS",
+    "OtherConfigurationError",
+    "Row",
+    "Run",
+    "Summary",
+    "as_folder",
+    "atomic_path",
+    "fingerprint",
+    "is_in_bucket",
+    "open_run",
+    "provenance",
+    "read_json",
+    "read_table",
+    "write_json",
+    "write_table",
+]

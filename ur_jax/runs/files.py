@@ -1,0 +1,127 @@
+"""Files written atomically: JSON, Parquet, and whatever else, on a file system or in a bucket.
+
+A bucket (`gs://...`) is given as a string or an `etils.epath.Path`: `pathlib.Path` loses one of the
+slashes.
+"""
+
+from __future__ import annotations
+
+from ur_jax.errors import UserError
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Gives a temporary path, whose contents `path` gets if the block ends without error.
+
+    It lies beside `path`; or, of a bucket, whose objects appear whole or not at all, on this host.
+    """
+    if is_in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            path.write_bytes(temporary.read_bytes())
+        return
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically; dataclasses, paths and NumPy become plain, NaN and inf null."""
+    value = _finite(json.loads(json.dumps(value, default=_plain)))
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads what `write_json` wrote."""
+    return json.loads(path.read_text())
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
+    """Writes columns of equal length as Parquet, atomically."""
+    import pyarrow as pa  # here and below: JSON is written where Parquet is not installed
+    import pyarrow.parquet as pq
+
+    with atomic_path(path) as temporary:
+        pq.write_table(
+            pa.table({name: pa.array(values) for name, values in columns.items()}), temporary
+        )
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Reads columns that `write_table` wrote: some of them, all by default."""
+    import pyarrow.parquet as pq
+
+    with path.open("rb") as file:
+        table = pq.read_table(file, columns=columns and list(columns))
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def as_folder(path: str | os.PathLike) -> epath.Path:
+    """A folder of a file system or a bucket.
+
+    Raises:
+      ValueError: for a bucket that lost a slash in a `pathlib.Path`.
+    """
+    text = os.fspath(path)
+    if re.match(r"\w+:/(?!/)", text):
+        raise UserError(
+            f"Expected a bucket as gs://BUCKET/FOLDER, got {text!r}: pathlib drops a slash. Give a "
+            "string or an etils.epath.Path."
+        )
+    return epath.Path(text)
+
+
+def is_in_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is of a bucket."""
+    return "://" in os.fspath(path)
+
+
+def fingerprint(config: Any) -> str:
+    """Short hash of a configuration, equal for equal settings."""
+    text = json.dumps(config, default=_plain, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value for what `json` does not know."""
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return np.asarray(value).tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"Expected a JSON value, got {type(value).__name__}.")
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with null for each number that JSON cannot write."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,265 @@
+"""The one form of a reported number, and the summary of a job: `summary.json`.
+
+A `Row` goes from the job to `summary.json`, `RESULTS.csv`, the terminal and the page as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ur_jax.errors import UserError
+from ur_jax.metrics.registry import METRICS
+from ur_jax.runs import files
+from ur_jax.runs.provenance import SCHEMA, provenance
+from ur_jax.stats.intervals import Estimate
+
+SETTINGS = ("divergence", "eps", "step", "radius", "images")
+"""What a number was measured under; None where it does not apply."""
+
+_READABLE = (2, SCHEMA)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One reported number.
+
+    Attributes:
+      metric: a name of `metrics.METRICS`.
+      value: the number.
+      low, high: ends of its 95 % interval; NaN or infinite where there is none.
+      n: images (or pairs) that it is over.
+      divergence: "l1", "l2", "linf"; None where it has none.
+      eps: radius of an attack, in pixel units.
+      step: at which the attack was read.
+      radius: of a certificate, l2, in pixel units.
+      images: which ones, where there are several kinds: a probe's kind, an impersonation's
+        direction.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    divergence: str | None = None
+    eps: float | None = None
+    step: int | None = None
+    radius: float | None = None
+    images: str | None = None
+
+    @classmethod
+    def of(cls, metric: str, estimate: Estimate, **settings: Any) -> Row:
+        """The row of an estimate, under settings of `SETTINGS`."""
+        return cls(metric, *estimate, **settings)
+
+    @property
+    def estimate(self) -> Estimate:
+        """Value, interval and n."""
+        return Estimate(self.value, self.low, self.high, self.n)
+
+    @property
+    def setting(self) -> tuple:
+        """What tells it from the other rows of its metric."""
+        return tuple(getattr(self, name) for name in SETTINGS)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Summary:
+    """What a finished job reports; prints as a table.
+
+    Attributes:
+      job: name of the job, in `jobs.JOBS`.
+      title: what was measured on what, for a person.
+      identity: what determines the numbers; JSON values.
+      rows: the numbers.
+      unreadable: {image name: reason} of the images left out.
+      details: what this kind of job adds, JSON values: samples drawn, a probe's history.
+      provenance: versions, device and commit, see `runs.provenance`.
+      schema: version of the layout.
+    """
+
+    job: str
+    title: str
+    identity: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=provenance)
+    schema: int = SCHEMA
+
+    def write(self, path: Path) -> None:
+        """Writes `summary.json`, atomically."""
+        files.write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Summary:
+        """Reads a `summary.json` of this schema or of schema 2.
+
+        Raises:
+          UserError: for another file, or another schema; it names the file.
+        """
+        try:
+            content = files.read_json(path)
+            schema = content["schema"]
+            if schema not in _READABLE:
+                raise UserError(
+                    f"Expected schema {' or '.join(map(str, _READABLE))}, got {schema}: of another "
+                    "version of ur_jax. Run the job again."
+                )
+            return cls(**(_from_schema_2(content) if schema == 2 else _rows_of(content)))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is no summary of a job ({type(error).__name__}: {error}); repeat the "
+                "command that made it."
+            ) from error
+
+    @property
+    def config(self) -> str:
+        """Hash of the identity, but for what other jobs made (a probe's weights)."""
+        return files.fingerprint({k: v for k, v in self.identity.items() if k != "requires"})
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as dicts."""
+        return [dataclasses.asdict(row) for row in self.rows]
+
+    def to_arrow(self):
+        """The rows as a `pyarrow.Table`."""
+        import pyarrow as pa
+
+        names = [field.name for field in dataclasses.fields(Row)]
+        return pa.table({name: [getattr(row, name) for row in self.rows] for name in names})
+
+    def to_dataframe(self):
+        """The rows as a data frame: pandas', or polars' where only that is installed.
+
+        Raises:
+          UserError: if neither is installed; `to_arrow` needs none.
+        """
+        table = self.to_arrow()
+        try:
+            return table.to_pandas()
+        except ImportError:
+            pass
+        try:
+            import polars
+        except ImportError:
+            raise UserError(
+                "A data frame needs pandas or polars: install one, or use to_arrow()."
+            ) from None
+        return polars.from_arrow(table)
+
+    def __rich__(self):
+        """The table, for `rich`."""
+        return table(self.title, self.rows)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=100, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def __repr__(self) -> str:
+        return f"Summary({self.title!r}, {len(self.rows)} numbers)"
+
+    def _repr_mimebundle_(self, include: Sequence[str] = (), exclude: Sequence[str] = (), **_):
+        """The table, for a notebook."""
+        from rich.console import Console
+
+        console = Console(width=100, record=True, file=io.StringIO())
+        console.print(self)
+        html = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return {"text/plain": str(self), "text/html": html}
+
+
+def table(title: str, rows: Iterable[Row], divergence: str = "l2"):
+    """Rows of metric, settings, value with 95 % interval, n, and which direction is robust.
+
+    Args:
+      title: above the table.
+      rows: the numbers.
+      divergence: the one to show of several.
+
+    Returns:
+      A `rich.table.Table`, at most 80 columns wide.
+    """
+    from rich import box
+    from rich.table import Table
+
+    shown = [row for row in rows if row.divergence in (None, divergence)]
+    used = [name for name in SETTINGS[1:] if any(getattr(row, name) is not None for row in shown)]
+    found = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    found.add_column("metric", overflow="fold")
+    for name in (*used, "value", "95 % interval", "n"):
+        justify = "left" if name == "images" else "right"
+        found.add_column(name, justify=justify, no_wrap=name != "images")
+    found.add_column("robust", no_wrap=True)
+    last = None
+    for row in shown:
+        if last not in (None, row.metric):
+            found.add_section()
+        last = row.metric
+        settings = ["" if (v := getattr(row, name)) is None else _short(v) for name in used]
+        interval = f"{row.low:.3f} to {row.high:.3f}" if math.isfinite(row.low + row.high) else ""
+        metric = METRICS.get(row.metric)
+        robust = "" if metric is None else metric.robust
+        found.add_row(row.metric, *settings, f"{row.value:.3f}", interval, str(row.n), robust)
+    return found
+
+
+def _short(value: Any) -> str:
+    """A setting as text."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: float | None, missing: float) -> float:
+    """A number of JSON, which has null for those that are not finite."""
+    return missing if value is None else value
+
+
+def _row(content: Mapping[str, Any]) -> Row:
+    """A row of JSON: a value that is null was infinite (an abstention), an end was not there."""
+    values = {
+        "value": _number(content["value"], math.inf),
+        "low": _number(content["low"], math.nan),
+        "high": _number(content["high"], math.nan),
+    }
+    names = {field.name for field in dataclasses.fields(Row)}
+    return Row(**{k: v for k, v in content.items() if k in names} | values)
+
+
+def _rows_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a summary of this schema."""
+    return {**content, "rows": tuple(_row(row) for row in content["rows"])}
+
+
+def _from_schema_2(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a summary as schema 2 had them."""
+    known = ("schema", "commit", "versions", "device", "matmul_precision")
+    unreadable = content.get("unreadable", {})
+    if isinstance(unreadable, list):
+        unreadable = dict.fromkeys(unreadable, "")
+    config = dict(content["config"])
+    config.setdefault("weights", config.get("weights_sha256", ""))
+    return {
+        "job": "",
+        "title": "",
+        "identity": config,
+        "rows": tuple(_row(row) for row in content["metrics"]),
+        "unreadable": unreadable,
+        "details": {
+            k: v
+            for k, v in content.items()
+            if k not in (*known, "config", "metrics", "unreadable")
+        },
+        "provenance": {k: content[k] for k in known[1:] if k in content},
+        "schema": 2,
+    }
