@@ -369,9 +369,8 @@ def fit_batch_size(
 
 def check_fits(config: EvaluationConfig, num_images: int, mesh: Mesh) -> None:
     """Raises UserError for more samples than images, or a batch that the devices can't divide."""
-    if config.batch_size is None:
-        raise UserError("Expected a batch_size, got None; `fit_batch_size` finds one.")
-    devices.check_divisible(config.batch_size, mesh)
+    if config.batch_size is not None:  # it is found on the machine otherwise
+        devices.check_divisible(config.batch_size, mesh)
     for wanted in (config.num_images, config.num_clean):
         evenly_spaced(num_images, wanted or num_images)
 

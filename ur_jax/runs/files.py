@@ -6,8 +6,6 @@ slashes.
 
 from __future__ import annotations
 
-from ur_jax.errors import UserError
-
 import contextlib
 import dataclasses
 import hashlib
@@ -24,6 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+
+from ur_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -57,8 +57,34 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads what `write_json` wrote."""
-    return json.loads(path.read_text())
+    """Reads what `write_json` wrote.
+
+    Raises:
+      UserError: for a file that is not whole; it names the file.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # also of bytes that are no text
+        raise UserError(f"{path} is damaged ({error}): remove it, or put it back.") from error
+
+
+def move(path: Path, to: Path) -> None:
+    """Moves a file or a folder with all that is in it, if it is there; `to` must not exist.
+
+    In a bucket, where nothing can be renamed, one object after the other.
+    """
+    if not path.exists():
+        return
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if not is_in_bucket(path):
+        os.rename(path, to)
+        return
+    if not path.is_dir():
+        to.write_bytes(path.read_bytes())
+        path.unlink()
+        return
+    for each in list(path.iterdir()):
+        move(each, to / each.name)
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:

@@ -6,8 +6,6 @@ finished so far) and, at the end, its tables and `summary.json`.
 
 from __future__ import annotations
 
-from ur_jax.errors import UserError
-
 import dataclasses
 import itertools
 import json
@@ -17,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from ur_jax.runs.files import as_folder, atomic_path, read_json, write_json
-from ur_jax.runs.files import _plain
+from ur_jax.errors import UserError
+from ur_jax.runs.files import _plain, as_folder, atomic_path, read_json, write_json
 
 
 class OtherConfigurationError(UserError):
@@ -90,7 +87,7 @@ def open_run(path: str | os.PathLike, config: Any) -> Run:
             )
         if is_new:
             write_json(claim, config)
-    _refuse_difference(path, json.loads(claim.read_text()), config)
+    _refuse_difference(path, read_json(claim), config)
     return Run(path)
 
 

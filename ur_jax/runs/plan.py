@@ -1,26 +1,29 @@
 """A plan of many runs: what is finished is skipped, what changed is computed again, failures stay
-where they happened.
+where they happened, and nothing is deleted.
 
-A stage is one script's run in its own folder, `WORKDIR/ENCODER/STAGE`. Beside the folder,
+A stage is one job on one encoder in a folder of its own, `WORKDIR/ENCODER/STAGE`. Beside the folder,
 `STAGE.json` records what was begun there: the fingerprint of the settings, whether it is finished,
-how long it took on which hardware, and the error it ended in. Stages themselves resume.
+how long it took on which hardware, and the error it ended in. Stages themselves resume. The results
+of other settings are set aside, in `STAGE.old/DATE`.
 """
 
 from __future__ import annotations
 
-from ur_jax.errors import UserError
-
 import dataclasses
-import json
+import datetime
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ur_jax.devices import hosts
-from ur_jax import runs
+from ur_jax.errors import UserError
+from ur_jax.runs import files
+from ur_jax.runs.folder import OtherConfigurationError
+from ur_jax.runs.provenance import SCHEMA, provenance
 
 STATES = ("finished", "begun", "changed", "new")
 """Of a stage before it runs: "changed" is begun or finished with other settings."""
@@ -28,7 +31,7 @@ STATES = ("finished", "begun", "changed", "new")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One script's run on one encoder.
+    """One job on one encoder.
 
     Attributes:
       encoder: label of the encoder, the name of its folder.
@@ -39,7 +42,8 @@ class Stage:
       requires: names of the encoder's stages that must be finished before.
       work: amount of computation, in floating-point operations; None if not known.
       samples: images that pass through the encoder, each step of an attack counted as 3.
-      missing: what is missing to run it, a sentence; empty if nothing is.
+      missing: what is wrong, so that it cannot run, a sentence; empty if nothing is.
+      left_out: what was not given, so that it is not asked for, a sentence; empty if all was.
     """
 
     encoder: str
@@ -50,6 +54,7 @@ class Stage:
     work: float | None = None
     samples: int = 0
     missing: str = ""
+    left_out: str = ""
 
     @property
     def key(self) -> str:
@@ -59,7 +64,8 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a stage ended: "finished", "skipped" (was finished before), "failed" or "blocked"."""
+    """How a stage ended: "finished", "skipped" (was finished before), "failed", "blocked" (by what
+    is wrong) or "left out" (by what was not given)."""
 
     key: str
     state: str
@@ -79,7 +85,7 @@ class Plan:
     """
 
     def __init__(self, workdir: Path, stages: Iterable[Stage]):
-        self.workdir = runs.as_folder(workdir)
+        self.workdir = files.as_folder(workdir)
         self.stages: dict[str, Stage] = {}
         self._fingerprints: dict[str, str] = {}
         for stage in stages:
@@ -90,9 +96,9 @@ class Plan:
                 if f"{stage.encoder}/{name}" not in self._fingerprints:
                     raise UserError(f"Expected {stage.encoder}/{name} before {stage.key}.")
                 required[name] = self._fingerprints[f"{stage.encoder}/{name}"]
-            settings = {"schema": runs.SCHEMA, "settings": stage.settings, "requires": required}
+            settings = {"schema": SCHEMA, "settings": stage.settings, "requires": required}
             self.stages[stage.key] = stage
-            self._fingerprints[stage.key] = runs.fingerprint(settings)
+            self._fingerprints[stage.key] = files.fingerprint(settings)
 
     def select(self, patterns: Sequence[str]) -> list[Stage]:
         """The stages whose ENCODER/STAGE fits one of the patterns, `*` for any; all for none.
@@ -146,6 +152,8 @@ class Plan:
             return Outcome(stage.key, "skipped")
         if stage.missing:
             return Outcome(stage.key, "blocked", reason=stage.missing)
+        if stage.left_out:
+            return Outcome(stage.key, "left out", reason=stage.left_out)
         for name in stage.requires:
             if self.state(self.stages[f"{stage.encoder}/{name}"]) != "finished":
                 reason = f"It needs {stage.encoder}/{name}, which is not finished."
@@ -155,22 +163,26 @@ class Plan:
         record = {
             "fingerprint": self._fingerprints[stage.key],
             "finished": False,
+            "begun": self._begun(stage, state),
             "sessions": 1 if state in ("new", "changed") else self.record(stage)["sessions"] + 1,
             "samples": stage.samples,
             "work": stage.work,
         }
         if hosts.is_first():
             if state == "changed":
-                self.folder(stage).rmtree(missing_ok=True)
+                self._set_aside(stage)
             self._write(stage, record)
         hosts.on_all_hosts(True)
-        start, error = time.monotonic(), None
-        try:
-            stage.run()
-        except Exception as raised:  # whatever it is, the other stages go on
-            error = raised
-            if not hosts.is_first():  # whose record does not have it
-                traceback.print_exception(raised)
+        start, error = time.monotonic(), _error_of(stage)
+        # Where the record is lost, the folder itself says that it is of other settings.
+        if hosts.on_all_hosts(isinstance(error, OtherConfigurationError)).any():
+            if hosts.is_first():
+                self._set_aside(stage)
+                self._write(stage, record)
+            hosts.on_all_hosts(True)
+            error = _error_of(stage)
+        if error is not None and not hosts.is_first():  # whose record does not have it
+            traceback.print_exception(error)
         seconds = time.monotonic() - start
         failed = hosts.on_all_hosts(error is not None)
         if not failed.any():
@@ -185,15 +197,51 @@ class Plan:
         hosts.on_all_hosts(True)
         return outcome
 
+    def _begun(self, stage: Stage, state: str) -> str:
+        """The day and time of a stage's first session."""
+        known = self.record(stage).get("begun") if state == "begun" else None
+        return known or datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+
+    def set_aside(self, stage: Stage) -> Path:
+        """Where the results of a stage that changed are moved to; its day and time are those of
+        what was begun."""
+        begun = self.record(stage).get("begun") or "before"
+        older = self.folder(stage).with_name(f"{stage.name}.old")
+        place, number = older / begun, 2
+        while place.exists():
+            place, number = older / f"{begun}-{number}", number + 1
+        return place
+
+    def _set_aside(self, stage: Stage) -> None:
+        """Moves the results of other settings out of the way, with their record."""
+        place = self.set_aside(stage)
+        files.move(self.folder(stage), place)
+        files.move(_record_path(self.folder(stage)), place / "record.json")
+
     def _write(self, stage: Stage, record: Mapping[str, Any]) -> None:
         """Writes the record of a stage."""
-        runs.write_json(_record_path(self.folder(stage)), record)
+        files.write_json(_record_path(self.folder(stage)), record)
+
+
+def _error_of(stage: Stage) -> Exception | None:
+    """Runs a stage; returns what it raised, whatever it is: the other stages go on."""
+    try:
+        stage.run()
+    except Exception as raised:
+        return raised
+    return None
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What is on record of the stage in a folder; {} if it was never begun by a plan."""
+    """What is on record of the stage in a folder; {} if it was never begun by a plan, or if the
+    record is damaged: the folder itself knows whose results it holds."""
     path = _record_path(folder)
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        record = files.read_json(path) if path.exists() else {}
+    except UserError as error:
+        warnings.warn(f"{error} The stage is looked at again.", stacklevel=2)
+        return {}
+    return record if {"fingerprint", "finished"} <= set(record) else {}
 
 
 def speed(workdir: Path, device: str) -> float | None:
@@ -201,14 +249,14 @@ def speed(workdir: Path, device: str) -> float | None:
 
     Args:
       workdir: the working directory.
-      device: as `runs.provenance` has it.
+      device: as `provenance` has it.
 
     Returns:
       The speed, of stages that ran in one session; None if there are none.
     """
     work = seconds = 0.0
     for path in workdir.glob("*/*.json"):
-        record = json.loads(path.read_text())
+        record = read_record(path.with_suffix(""))
         measured = record.get("finished") and record.get("work") and record.get("sessions") == 1
         if measured and record["device"] == device and record["hosts"] == 1:
             work, seconds = work + record["work"], seconds + record["seconds"]
@@ -222,4 +270,4 @@ def _record_path(folder: Path) -> Path:
 
 def _hardware(num_hosts: int) -> dict[str, Any]:
     """What a stage ran on."""
-    return {"device": runs.provenance()["device"], "hosts": num_hosts}
+    return {"device": provenance()["device"], "hosts": num_hosts}

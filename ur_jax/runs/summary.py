@@ -256,9 +256,7 @@ def _from_schema_2(content: Mapping[str, Any]) -> dict[str, Any]:
         "rows": tuple(_row(row) for row in content["metrics"]),
         "unreadable": unreadable,
         "details": {
-            k: v
-            for k, v in content.items()
-            if k not in (*known, "config", "metrics", "unreadable")
+            k: v for k, v in content.items() if k not in (*known, "config", "metrics", "unreadable")
         },
         "provenance": {k: content[k] for k in known[1:] if k in content},
         "schema": 2,
