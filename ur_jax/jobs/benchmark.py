@@ -9,7 +9,7 @@
 Prints the plan first, with samples and estimated time (`--dry-run` stops there), then runs what is
 not finished: each stage in `WORKDIR/ENCODER/STAGE`, the same job that also runs alone. A stage that
 is finished with the same settings is skipped; one whose settings, weights or images changed is
-computed again, and its old results are set aside in `STAGE.old`; one that fails is reported and does
+computed again, its old results set aside in `STAGE.old`; one that fails is reported and does
 not stop the others. Clean representations of an encoder on a data set are computed once. Ends with
 `WORKDIR/RESULTS.csv` and `WORKDIR/report.html`; the exit status is 1 if a stage failed or could not
 be run.

@@ -409,7 +409,7 @@ def _impersonation(cell: Cell) -> Iterator[Planned]:
 
 
 def _label_of(place: str) -> str:
-    """The name of an encoder's folder from its place: of a file, a folder, or the run it is from."""
+    """The name of an encoder's folder from its place: a file, a folder, or the run it is of."""
     module, _, function = place.rpartition(":")
     if function.isidentifier() and module and "//" not in place:
         return Path(module).stem if module.endswith(".py") else module.rpartition(".")[2]

@@ -1,7 +1,7 @@
 """A plan of many runs: what is finished is skipped, what changed is computed again, failures stay
 where they happened, and nothing is deleted.
 
-A stage is one job on one encoder in a folder of its own, `WORKDIR/ENCODER/STAGE`. Beside the folder,
+A stage is one job on one encoder in a folder of its own, `WORKDIR/ENCODER/STAGE`. Beside it,
 `STAGE.json` records what was begun there: the fingerprint of the settings, whether it is finished,
 how long it took on which hardware, and the error it ended in. Stages themselves resume. The results
 of other settings are set aside, in `STAGE.old/DATE`.
