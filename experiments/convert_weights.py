@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ur_jax.encoders import checkpoints, torch_files
 from ur_jax.encoders.loading import representation_dimensions
-from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import UserError, unknown_name
 
 

@@ -26,7 +26,7 @@ import tyro
 from ur_jax import data, devices, runs, training
 from ur_jax.attacks import AttackConfig
 from ur_jax.encoders import checkpoints, loading
-from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.encoders.zoo.spec import EncoderSpec
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.report import plots as report

@@ -52,7 +52,7 @@ def mocov2_encoder(shared_dir):
     import reference_rules
 
     from ur_jax.encoders import loading, torch_files
-    from ur_jax.encoders.zoo.published import ENCODERS
+    from ur_jax.encoders.zoo import ENCODERS
 
     layout = json.loads((shared_dir / "golden" / "mocov2.layout.json").read_text())
     spec = ENCODERS["mocov2"]

@@ -8,6 +8,7 @@ never). FOLDER has the checkpoint and the images.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -39,13 +40,13 @@ import tiny_encoder  # noqa: E402
 from ur_jax import data, runs  # noqa: E402
 from ur_jax.certify import CenterConfig, RandomizedConfig  # noqa: E402
 from ur_jax.encoders import loading  # noqa: E402
-from ur_jax.encoders.zoo import published  # noqa: E402
 from ur_jax.jobs import probe as probing  # noqa: E402
 from ur_jax.jobs.impersonate import ImpersonationConfig  # noqa: E402
 from ur_jax.jobs.label_free import EvaluationConfig  # noqa: E402
 from ur_jax.probes.linear import ProbeConfig  # noqa: E402
 
-published.ENCODERS["demo"] = tiny_encoder.SPEC
+tiny = contextlib.ExitStack()
+tiny.enter_context(tiny_encoder.stands_for_demo())
 evaluate.plot = lambda *_: None  # figures take half of the time
 impersonate.report.plot_impersonation = lambda *_: None
 benchmark.report.parts = lambda *_: iter(())

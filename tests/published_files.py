@@ -10,7 +10,8 @@ import numpy as np
 from ur_jax.encoders.networks.heads import LinearHead
 from ur_jax.encoders.networks.layers import ConvNorm, global_average
 from ur_jax.encoders.networks.network import Network
-from ur_jax.encoders.zoo.published import ENCODERS, conv_norm_rules, dense_rules
+from ur_jax.encoders.zoo import ENCODERS
+from ur_jax.encoders.zoo.rules import conv_norm_rules, dense_rules
 from ur_jax.encoders.zoo.spec import TrainingPart
 
 # SimCLR v2's selective kernels are another layout of the same encoder.

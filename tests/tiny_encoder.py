@@ -14,7 +14,7 @@ from ur_jax.encoders.networks.heads import MocoV2Head
 from ur_jax.encoders.networks.layers import NormConfig
 from ur_jax.encoders.networks.network import Network
 from ur_jax.encoders.networks.resnet import BasicBlock, ResNet
-from ur_jax.encoders.zoo import published
+from ur_jax.encoders.zoo import ENCODERS
 
 SIZE = (8, 8)
 
@@ -25,7 +25,12 @@ def network(folded, group_size=None):
     return Network(backbone, MocoV2Head(6, 128))
 
 
-SPEC = dataclasses.replace(published.ENCODERS["demo"], network=network, input_size=SIZE)
+SPEC = dataclasses.replace(ENCODERS["demo"], network=network, input_size=SIZE)
+
+
+def stands_for_demo():
+    """A `with` in which checkpoints of "demo" are of this network."""
+    return ENCODERS.replaced("demo", SPEC)
 
 
 def save(path) -> None:

@@ -5,7 +5,7 @@ import importlib.metadata
 from ur_jax.attacks import AttackConfig, loss_pgd, u_fgsm, u_pgd
 from ur_jax.encoders import Encoder, from_fn
 from ur_jax.encoders.loading import load_encoder, weights_hash
-from ur_jax.encoders.zoo.published import list_encoders
+from ur_jax.encoders.zoo import list_encoders
 
 __version__ = importlib.metadata.version("ur_jax")
 

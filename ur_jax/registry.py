@@ -10,6 +10,7 @@ comma), or by an entry point of the registry's group: `[project.entry-points."ur
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -60,6 +61,17 @@ class Registry(Mapping[str, T]):
             raise UserError(f"There is a {self.kind} {name!r} already; choose another name.")
         self._items[name] = item
         return item
+
+    @contextlib.contextmanager
+    def replaced(self, name: str, item: T) -> Iterator[T]:
+        """Has a name stand for another item for as long as a `with` lasts, as in a test."""
+        self._load()
+        before = dict(self._items)
+        self._items[name] = item
+        try:
+            yield item
+        finally:
+            self._items = before
 
     def __getitem__(self, name: str) -> T:
         self._load()

@@ -17,14 +17,14 @@ from published_files import TINY, save_torch, tensors
 
 from ur_jax.attacks import AttackConfig, u_pgd
 from ur_jax.encoders import checkpoints, loading, torch_files
-from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo import ENCODERS
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny():
     """An encoder small enough to save and load in every test, published like the others."""
-    monkeypatch.setitem(ENCODERS, "tiny", TINY)
-    return TINY
+    with ENCODERS.replaced("tiny", TINY) as spec:
+        yield spec
 
 
 @pytest.fixture

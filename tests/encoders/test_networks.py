@@ -19,7 +19,7 @@ from ur_jax.encoders.networks.network import Network
 from ur_jax.encoders.networks.resnet import Bottleneck, ResNet
 from ur_jax.encoders.networks.simclr import SimCLRResNet
 from ur_jax.encoders.networks.vit import ViT, resize_positions, sincos_positions
-from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo import ENCODERS
 
 
 def tiny(name, network, size, **changes):

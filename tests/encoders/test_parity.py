@@ -14,7 +14,7 @@ from published_files import LAYOUTS, VARIANTS
 
 from ur_jax.encoders import loading, torch_files
 from ur_jax.encoders.networks.network import NetworkFn
-from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo import ENCODERS
 
 _VISION_TRANSFORMERS = ("mae", "mocov3")
 

@@ -14,7 +14,7 @@ import pytest
 from published_files import LAYOUTS, TINY, VARIANTS, save_torch, tensors
 
 from ur_jax.encoders import torch_files
-from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo import ENCODERS
 
 
 def _assert_tiny(published):

@@ -19,7 +19,6 @@ import train
 from PIL import Image
 
 from ur_jax.encoders import checkpoints
-from ur_jax.encoders.zoo import published
 from ur_jax.jobs.label_free import EvaluationConfig
 
 SIZE = (8, 8)
@@ -38,9 +37,10 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny():
     """Encoder "demo" with a network of a few hundred weights."""
-    monkeypatch.setitem(published.ENCODERS, "demo", tiny_encoder.SPEC)
+    with tiny_encoder.stands_for_demo():
+        yield
 
 
 def _stop_at_row(row):

@@ -19,7 +19,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ur_jax import data, runs
 from ur_jax.encoders import loading
-from ur_jax.encoders.zoo import published
 from ur_jax.jobs import label_free
 from ur_jax.performance import ahead
 from ur_jax.runs import plan
@@ -135,9 +134,15 @@ def test_speed_is_that_of_stages_in_one_session(tmp_path):
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
+def tiny():
+    """Encoder "demo" with a network of a few hundred weights."""
+    with tiny_encoder.stands_for_demo():
+        yield
+
+
+@pytest.fixture
+def config(tmp_path, tiny):
     """Of a tiny encoder on two dozen images."""
-    monkeypatch.setitem(published.ENCODERS, "demo", tiny_encoder.SPEC)
     tiny_encoder.save_images(tmp_path / "images", 24)
     tiny_encoder.save(tmp_path / "run" / "encoder")
     return dataclasses.replace(

@@ -15,7 +15,7 @@ import tiny_encoder
 
 from ur_jax import performance
 from ur_jax.encoders import loading, torch_files
-from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.performance import suite, timing, work
 
 
@@ -95,10 +95,10 @@ def test_the_script_writes_a_table_that_can_be_shown_again(tmp_path, monkeypatch
     assert "center" in capsys.readouterr().out
 
 
-def test_training_is_measured_on_a_network_of_its_own_head(monkeypatch):
-    monkeypatch.setitem(ENCODERS, "demo", tiny_encoder.SPEC)
+def test_training_is_measured_on_a_network_of_its_own_head():
     size = work.Size("demo", "float32", 8, 1, 1, 1, 1)
-    workload = work.WORKS["training"].make(size)
+    with tiny_encoder.stands_for_demo():
+        workload = work.WORKS["training"].make(size)
     first = int(workload.run())
     assert int(workload.run()) == first + 1  # steps of one training, each on the state before
     assert workload.items == 8 and workload.compile_seconds > 0

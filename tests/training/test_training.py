@@ -24,8 +24,8 @@ from ur_jax.encoders.networks.layers import Dense, DenseNorm, NormConfig
 from ur_jax.encoders.networks.network import Network, NetworkFn
 from ur_jax.encoders.networks.resnet import resnet18
 from ur_jax.encoders.networks.vit import ViT, sincos_positions
-from ur_jax.encoders.zoo import published
-from ur_jax.encoders.zoo.published import dense_rules, resnet_rules
+from ur_jax.encoders.zoo import ENCODERS, mocov3
+from ur_jax.encoders.zoo.rules import dense_rules, resnet_rules
 from ur_jax.encoders.zoo.spec import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
 from ur_jax.training import losses, step
 
@@ -202,7 +202,7 @@ def _mocov3_variables(name, positions):
     if name == "predictor":
         shapes |= {"0.weight": (32, 16), "3.weight": (16, 32)}
         norms = {"1": (32, True), "4": (16, False)}
-        rules = published._MOCOV3_PREDICTOR_RULES
+        rules = mocov3.PREDICTOR_RULES
     else:
         shapes |= {"cls_token": (1, 1, dim), "patch_embed.proj.weight": (dim, 3, 16, 16)}
         shapes |= {"patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,)}
@@ -214,7 +214,7 @@ def _mocov3_variables(name, positions):
                 shapes |= {f"{block}.{layer}.weight": size, f"{block}.{layer}.bias": size[:1]}
         shapes |= {"head.0.weight": (32, 48), "head.3.weight": (32, 32), "head.6.weight": (16, 32)}
         norms = {"head.1": (32, True), "head.4": (32, True), "head.7": (16, False)}
-        rules = published._MOCOV3_RULES
+        rules = mocov3.RULES
     for key, (width, affine) in norms.items():
         names = ("weight", "bias", "running_mean", "running_var")[0 if affine else 2 :]
         shapes |= {f"{key}.{last}": (width,) for last in names}
@@ -246,7 +246,7 @@ def test_mocov3_step_equals_the_reference(golden, scenario):
     method = training.MocoV3(
         network, IMAGENET_MEAN, IMAGENET_STD, lambda step: 0.99, dimension=16, hidden=32
     )
-    mask = training.trained_mask(published.ENCODERS["mocov3"].frozen)
+    mask = training.trained_mask(ENCODERS["mocov3"].frozen)
     optimizer = training.adamw(lambda step: 7.5e-4, mask=mask)
     parts = {"momentum": momentum, "predictor": predictor}
     state = training.init_state(method, base, optimizer, jax.random.key(0), parts)

@@ -15,7 +15,7 @@ from ur_jax.encoders import checkpoints, torch_files
 from ur_jax.encoders.base import Encoder, from_fn
 from ur_jax.encoders.networks.layers import fold_batch_norm
 from ur_jax.encoders.networks.network import NetworkFn
-from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.encoders.zoo.spec import EncoderSpec
 from ur_jax.errors import NotFoundError, UserError, unknown_name
 from ur_jax.types import PyTree

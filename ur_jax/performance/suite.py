@@ -15,7 +15,7 @@ import numpy as np
 
 from ur_jax.devices import check_divisible, data_mesh
 from ur_jax.encoders.base import DTYPES
-from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.performance import work
 from ur_jax.performance.timing import Peaks, Times, Workload, device_peaks, time_by_turns

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.performance import torch_networks, work
 from ur_jax.performance.timing import Workload
 

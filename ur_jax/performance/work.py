@@ -18,7 +18,7 @@ from ur_jax.certify import enclosing, sampling
 from ur_jax.devices import data_mesh, replicate, shard
 from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
-from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.performance.timing import Workload
 from ur_jax.types import Array, PyTree
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import numpy as np
 
+from ur_jax.registry import Registry
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -97,3 +99,12 @@ class EncoderSpec:
     config_fn: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], dict[str, Any]] = (
         lambda contents, shapes: {}
     )
+
+
+ENCODERS: Registry[EncoderSpec] = Registry("encoder", "ur_jax.encoders")
+"""Every published encoder, by name; import it from `ur_jax.encoders.zoo`, which fills it."""
+
+
+def register(spec: EncoderSpec) -> EncoderSpec:
+    """Adds a published encoder to `ENCODERS`, under its own name; returns it."""
+    return ENCODERS.register(spec.name, spec)
