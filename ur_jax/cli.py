@@ -40,6 +40,8 @@ _SCRIPTS = {
     "report": "ur_jax.report.build",
     "convert-weights": "ur_jax.encoders.convert",
     "throughput": "ur_jax.performance.command",
+    "verify": "ur_jax.runs.verify",
+    "repair": "ur_jax.runs.repair",
 }
 """Commands that are no jobs, and their modules."""
 

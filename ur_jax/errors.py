@@ -22,6 +22,14 @@ class NotFoundError(UserError, FileNotFoundError):
     __str__ = Exception.__str__  # an OSError's own would want an errno
 
 
+class DamagedError(UserError):
+    """A file that is not as it was written; `path` is the file."""
+
+    def __init__(self, path, why: str, remedy: str):
+        super().__init__(f"{path} is damaged: {why}. {remedy}")
+        self.path = path
+
+
 class MissingPackageError(UserError, ImportError):
     """A package that an extra of ours brings is not installed."""
 

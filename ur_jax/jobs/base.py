@@ -32,10 +32,10 @@ from ur_jax.data import ImageSource
 from ur_jax.devices import hosts
 from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
-from ur_jax.errors import MissingPackageError, UserError
+from ur_jax.errors import DamagedError, MissingPackageError, UserError
 from ur_jax.jobs.progress import Progress, quiet, watched
 from ur_jax.registry import Registry
-from ur_jax.runs import Run
+from ur_jax.runs import Run, lock
 from ur_jax.runs.summary import Summary
 
 EncoderLike = Encoder | str
@@ -262,6 +262,8 @@ class Job(abc.ABC):
         with contextlib.ExitStack() as stack:
             folder = out or stack.enter_context(tempfile.TemporaryDirectory())
             path = runs.as_folder(folder)
+            if out is not None:
+                stack.enter_context(lock.held(path))
             with hosts.before_merge():
                 mesh = devices.data_mesh()
                 claim = path / "config.json"
@@ -272,14 +274,42 @@ class Job(abc.ABC):
                     runs.open_run(path, job.identity), bank,
                     jax.process_index(), jax.process_count(), mesh, num_workers, progress,
                 )  # fmt: skip
-                job.compute(session)
-            with hosts.before_merge():
-                if hosts.is_first():
-                    summary = job.merge(session)
-                    if plots and out is not None:
-                        _draw(job, session)
-                    summary.write(path / "summary.json")  # last: with it, the job is finished
+            while not _is_computed(job, session, plots=plots and out is not None):
+                pass  # what was damaged is set aside: it is computed again
             return Summary.read(path / "summary.json")
+
+
+def _is_computed(job: Job, session: Session, *, plots: bool) -> bool:
+    """Computes what is missing, on all hosts, and merges; False if a damaged part was set aside."""
+    damaged = False
+    with hosts.before_merge():
+        try:
+            job.compute(session)
+        except DamagedError as error:
+            damaged = _is_set_aside(error)
+    if hosts.on_all_hosts(damaged).any():
+        return False
+    with hosts.before_merge():
+        if hosts.is_first():
+            try:
+                summary = job.merge(session)
+                if plots:
+                    _draw(job, session)
+            except DamagedError as error:
+                damaged = _is_set_aside(error)
+            else:
+                summary.write(session.run.path)  # last: with it, the job is finished
+    return not hosts.on_all_hosts(damaged).any()
+
+
+def _is_set_aside(error: DamagedError) -> bool:
+    """Sets a damaged part aside, with a warning; anything else that is damaged is raised."""
+    if "parts" not in error.path.parts:
+        raise error
+    if error.path.exists():  # another host may have been first
+        place = runs.set_aside(error.path)
+        warnings.warn(f"{error} It now lies at {place}.", stacklevel=3)
+    return True
 
 
 def _draw(job: Job, session: Session) -> None:

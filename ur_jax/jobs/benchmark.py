@@ -38,7 +38,7 @@ from ur_jax.devices import hosts
 from ur_jax.encoders import loading
 from ur_jax.jobs.matrix import PRESETS, Config, EncoderEntry, make_plan
 from ur_jax.jobs.progress import console
-from ur_jax.runs import plan, provenance, write_json
+from ur_jax.runs import lock, plan, provenance, write_json
 from ur_jax.runs.plan import Plan, Stage
 
 __all__ = ["PRESETS", "Config", "main"]
@@ -63,16 +63,18 @@ def main(config: Config) -> int:
         return compile_only(config)
     whole = make_plan(config)
     chosen = whole.select(config.only)
-    hosts.on_all_hosts(True)  # all have read what is finished before anyone changes it
-    show_plan(config, whole, chosen)
     if config.dry_run:
+        show_plan(config, whole, chosen)
         return 0
-    if hosts.is_first():
-        write_plan(config, whole)
-    outcomes = whole.run(chosen, lambda stage: console.rule(stage.key))
-    print_outcomes(outcomes)
-    if hosts.is_first():
-        write_report(config)
+    with lock.held(whole.workdir):
+        show_plan(config, whole, chosen)
+        hosts.on_all_hosts(True)  # all have read what is finished before anyone changes it
+        if hosts.is_first():
+            write_plan(config, whole)
+        outcomes = whole.run(chosen, lambda stage: console.rule(stage.key))
+        print_outcomes(outcomes)
+        if hosts.is_first():
+            write_report(config)
     return int(any(outcome.state in _WRONG for outcome in outcomes))
 
 

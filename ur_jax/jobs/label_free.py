@@ -196,7 +196,7 @@ class LabelFree(Job):
             plots.plot_distances(out / "distances.png", runs.read_table(out / "attacks.parquet"))
         if "overlap" in self.stages:
             plots.plot_margins(out / "margins.png", runs.read_table(out / "pairs.parquet"))
-        if "breakaway" not in self.stages:
+        if "breakaway" not in self.stages or not session.run.num_parts("gallery"):
             return
         clean = self._bank(session).run.read_parts("clean")
         gallery = tables.gallery(session.run, clean, session.mesh)

@@ -10,7 +10,7 @@ from ur_jax.runs.files import (
     write_json,
     write_table,
 )
-from ur_jax.runs.folder import OtherConfigurationError, Run, open_run
+from ur_jax.runs.folder import OtherConfigurationError, Run, open_run, set_aside
 from ur_jax.runs.provenance import SCHEMA, provenance
 from ur_jax.runs.summary import SETTINGS, Row, Summary
 
@@ -29,6 +29,7 @@ __all__ = [
     "provenance",
     "read_json",
     "read_table",
+    "set_aside",
     "write_json",
     "write_table",
 ]

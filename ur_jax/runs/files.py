@@ -23,7 +23,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from ur_jax.errors import UserError
+from ur_jax.errors import DamagedError, UserError
+
+_CHECKSUM = "sha256"
 
 
 @contextlib.contextmanager
@@ -50,22 +52,41 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically; dataclasses, paths and NumPy become plain, NaN and inf null."""
+    """Writes JSON atomically; dataclasses, paths and NumPy become plain, NaN and inf null.
+
+    An object gets its own SHA-256, by which `read_json` knows that it is whole.
+    """
     value = _finite(json.loads(json.dumps(value, default=_plain)))
+    if isinstance(value, dict):
+        value[_CHECKSUM] = _json_hash(value)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Reads what `write_json` wrote.
+    """Reads what `write_json` wrote, or other JSON.
 
     Raises:
-      UserError: for a file that is not whole; it names the file.
+      DamagedError: for a file that is not as it was written; it names the file.
     """
+    remedy = "`ur-jax repair` sets it aside; then repeat the command that made it."
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except ValueError as error:  # also of bytes that are no text
-        raise UserError(f"{path} is damaged ({error}): remove it, or put it back.") from error
+        raise DamagedError(path, str(error), remedy) from error
+    if isinstance(value, dict) and _CHECKSUM in value:
+        if value.pop(_CHECKSUM) != _json_hash(value):
+            raise DamagedError(path, "it does not have its recorded SHA-256", remedy)
+    return value
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def move(path: Path, to: Path) -> None:
@@ -99,11 +120,21 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Reads columns that `write_table` wrote: some of them, all by default."""
+    """Reads columns that `write_table` wrote: some of them, all by default.
+
+    Raises:
+      DamagedError: for a file that is no Parquet; it names the file. Of a finished run, the
+        summary's hashes tell more, see `summary.Summary.files`.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with path.open("rb") as file:
-        table = pq.read_table(file, columns=columns and list(columns))
+        try:
+            table = pq.read_table(file, columns=columns and list(columns))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            remedy = "Remove summary.json beside it and repeat the command that made it."
+            raise DamagedError(path, str(error)[:200], remedy) from error
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
@@ -131,6 +162,13 @@ def fingerprint(config: Any) -> str:
     """Short hash of a configuration, equal for equal settings."""
     text = json.dumps(config, default=_plain, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _json_hash(value: Any) -> str:
+    """SHA-256 of a JSON value, but for an object's own."""
+    if isinstance(value, dict):
+        value = {name: item for name, item in value.items() if name != _CHECKSUM}
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:

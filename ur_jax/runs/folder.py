@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ur_jax.errors import UserError
+from ur_jax.errors import DamagedError, UserError
+from ur_jax.runs import files
 from ur_jax.runs.files import _plain, as_folder, atomic_path, read_json, write_json
 
 
@@ -55,12 +56,37 @@ class Run:
             np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
 
     def read_parts(self, stage: str) -> dict[str, np.ndarray]:
-        """All finished parts of a stage, joined along the leading axis."""
-        parts = []
-        for number in range(self.num_parts(stage)):
-            with self.part(stage, number).open("rb") as file, np.load(file) as part:
-                parts.append(dict(part))
+        """All finished parts of a stage, joined along the leading axis.
+
+        Raises:
+          DamagedError: for a part that is not as it was written; it names the file.
+        """
+        parts = [read_part(self.part(stage, n)) for n in range(self.num_parts(stage))]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def read_part(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of one part.
+
+    Raises:
+      DamagedError: for a file that is not as it was written: each array has a checksum.
+    """
+    with path.open("rb") as file:
+        try:
+            with np.load(file) as part:
+                return dict(part)
+        except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds
+            remedy = "Repeat the command that made it: the part is computed again."
+            raise DamagedError(path, f"{type(error).__name__}: {error}", remedy) from error
+
+
+def set_aside(path: Path) -> Path:
+    """Moves a damaged file of a run into a folder `damaged` beside it; returns where it is now."""
+    place, number = path.parent / "damaged" / path.name, 1
+    while place.exists():
+        place, number = place.with_name(f"{path.name}.{number}"), number + 1
+    files.move(path, place)
+    return place
 
 
 def open_run(path: str | os.PathLike, config: Any) -> Run:
@@ -83,7 +109,8 @@ def open_run(path: str | os.PathLike, config: Any) -> Run:
         is_new = not path.exists() or (path.is_dir() and all(map(_is_hidden, path.iterdir())))
         if not is_new and not claim.exists():
             raise UserError(
-                f"Expected a new or empty folder, or a run to resume; {path} is neither."
+                f"Expected a new or empty folder, or a run to resume; {path} is neither. Name "
+                "another --out."
             )
         if is_new:
             write_json(claim, config)

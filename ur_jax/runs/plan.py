@@ -130,8 +130,16 @@ class Plan:
             return "new"
         if record["fingerprint"] != self._fingerprints[stage.key]:
             return "changed"
-        is_finished = record["finished"] and (self.folder(stage) / "summary.json").exists()
-        return "finished" if is_finished else "begun"
+        return "finished" if record["finished"] and self._has_summary(stage) else "begun"
+
+    def _has_summary(self, stage: Stage) -> bool:
+        """Whether a stage's summary is there and whole; a damaged one is written again."""
+        path = self.folder(stage) / "summary.json"
+        try:
+            return path.exists() and bool(files.read_json(path))
+        except UserError as error:
+            warnings.warn(f"{error} The stage is merged again.", stacklevel=2)
+            return False
 
     def run(self, stages: Sequence[Stage], on_begin: Callable[[Stage], Any]) -> list[Outcome]:
         """Runs stages in order; on several hosts, all of them call this with the same stages.

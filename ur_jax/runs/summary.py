@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ur_jax.errors import UserError
+from ur_jax.errors import DamagedError, UserError
 from ur_jax.metrics.registry import METRICS
 from ur_jax.runs import files
 from ur_jax.runs.provenance import SCHEMA, provenance
@@ -22,6 +22,7 @@ SETTINGS = ("divergence", "eps", "step", "radius", "images")
 """What a number was measured under; None where it does not apply."""
 
 _READABLE = (2, SCHEMA)
+_VARYING = ("times",)  # tables that differ from run to run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Summary:
       unreadable: {image name: reason} of the images left out.
       details: what this kind of job adds, JSON values: samples drawn, a probe's history.
       provenance: versions, device and commit, see `runs.provenance`.
+      files: {name: SHA-256} of the tables that were written with it.
       schema: version of the layout.
     """
 
@@ -90,11 +92,22 @@ class Summary:
     unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=provenance)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     schema: int = SCHEMA
 
-    def write(self, path: Path) -> None:
-        """Writes `summary.json`, atomically."""
-        files.write_json(path, dataclasses.asdict(self))
+    def write(self, folder: Path) -> None:
+        """Writes `summary.json`, atomically, with the hashes of the tables beside it."""
+        tables = [path for path in sorted(folder.glob("*.parquet")) if path.stem not in _VARYING]
+        whole = dataclasses.replace(self, files={t.name: files.file_hash(t) for t in tables})
+        files.write_json(folder / "summary.json", dataclasses.asdict(whole))
+
+    def damaged_tables(self, folder: Path) -> list[str]:
+        """Names of the tables that are not as they were written with this summary."""
+        return [
+            name
+            for name, digest in self.files.items()
+            if not (folder / name).exists() or files.file_hash(folder / name) != digest
+        ]
 
     @classmethod
     def read(cls, path: Path) -> Summary:
@@ -112,6 +125,8 @@ class Summary:
                     "version of ur_jax. Run the job again."
                 )
             return cls(**(_from_schema_2(content) if schema == 2 else _rows_of(content)))
+        except DamagedError:
+            raise
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
