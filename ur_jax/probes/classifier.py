@@ -22,11 +22,13 @@ class Classifier:
       encoder: the encoder.
       kernel: [D, K] float32.
       bias: [K] float32.
+      class_names: K names, by which labels of images are compared; empty if they are not known.
     """
 
     encoder: Encoder
     kernel: Array
     bias: Array
+    class_names: tuple[str, ...] = struct.field(pytree_node=False, default=())
 
     def __call__(self, images: Array) -> Array:
         """Returns the logits [B,K] of images [B,H,W,3] in [0,1]."""

@@ -1,0 +1,140 @@
+"""k-nearest-neighbour accuracy of an encoder, beside that of the raw pixels.
+
+    python experiments/knn.py --encoder demo \\
+        --images folder:cifar10/train --test-images folder:cifar10/test
+
+Cosine similarity, a vote of k neighbours weighted by exp(similarity / 0.07) (Wu et al. 2018). Needs
+labels: sub-folders, or a labelled tfds data set. With --out, what is encoded is kept there: a
+killed run resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+
+from ur_jax import devices, metrics
+from ur_jax.data import evenly_spaced, labels
+from ur_jax.errors import UserError
+from ur_jax.jobs import parts
+from ur_jax.jobs.base import ImagesLike, Job, Session, register
+from ur_jax.runs.summary import Row, Summary
+
+PIXELS = "raw pixels"
+"""What the encoder is compared with; the row's "images" is this or the encoder's name."""
+
+
+@register("knn")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knn(Job):
+    """k-nearest-neighbour accuracy: --images vote for the classes of --test-images."""
+
+    image_fields = ("images", "test_images")
+    may_keep_nothing = True
+
+    test_images: ImagesLike = tyro.MISSING
+    """Image spec of the images that are classified; those of --images vote."""
+    num_images: int | None = None
+    """Evenly spaced subset of --images; all by default."""
+    num_test_images: int | None = None
+    """Evenly spaced subset of --test-images; all by default."""
+    k: int = 200
+    """Neighbours that vote, at most as many as there are voting images."""
+    batch_size: int = 256
+    """Images per batch, over all devices."""
+    class_map: tuple[str, ...] = ()
+    """THEIRS=OURS each: classes of the test images whose names differ from the voting ones'."""
+    representation: str = "backbone"
+    """paper, backbone, projection or another output of the network."""
+
+    @property
+    def samples(self) -> int:
+        return sum(len(self.indices(field)) for field in self.image_fields)
+
+    def indices(self, field: str = "images") -> np.ndarray:
+        """The positions of the voting images, or of the test images."""
+        wanted = self.num_images if field == "images" else self.num_test_images
+        total = len(self.source(field))
+        return evenly_spaced(total, total if wanted is None else wanted)
+
+    def check(self, mesh: Mesh) -> None:
+        number = len(self.indices())
+        if not 1 <= self.k <= number:
+            raise UserError(f"Expected k in [1, {number}], the voting images, got {self.k}.")
+        for field in self.image_fields:
+            labels.check_classes(self.source(field))
+            labels.check_labelled(self.source(field), self.indices(field))
+        self.test_classes()
+        devices.check_divisible(self.batch_size, mesh)
+
+    def test_classes(self) -> np.ndarray:
+        """Where the classes of the test images are among those of the voting images."""
+        theirs, ours = (self.source(f).class_names for f in ("test_images", "images"))
+        return labels.match_classes(
+            theirs, ours, self.class_map, kind="class of the voting images"
+        )
+
+    def compute(self, session: Session) -> None:
+        encoder = devices.replicate(session.mesh, self.model)
+
+        for field, title in zip(self.image_fields, ("voting images", "classified images")):
+            source = self.source(field)
+
+            def compute(batch, source=source):
+                asked = labels.labels_of(source, batch.labels, batch.mask, batch.names)
+                images = devices.shard(session.mesh, batch.images)
+                pixels = np.rint(batch.images * 255).astype(np.uint8).reshape(len(asked), -1)
+                return {"label": asked, "clean": parts.encode(encoder, images), "pixels": pixels}
+
+            parts.run_stage(
+                session,
+                parts.Stage(field, title, (self.indices(field),), self.batch_size),
+                source,
+                compute,
+                input_size=encoder.input_size,
+                preparation=encoder.preparation,
+            )
+
+    def merge(self, session: Session) -> Summary:
+        votes, asked = (session.run.read_parts(field) for field in self.image_fields)
+        for found, what in ((votes, "voting"), (asked, "test")):
+            if not len(found["index"]):
+                raise UserError(f"None of the {what} images could be read.")
+        if self.k > len(votes["index"]):
+            raise UserError(
+                f"Only {len(votes['index'])} voting images could be read, for k = {self.k}."
+            )
+        rows = []
+        for name, features in ((PIXELS, _centred_pixels), (self.model.name, _representations)):
+            estimate = metrics.knn_accuracy(
+                features(votes),
+                votes["label"],
+                features(asked),
+                self.test_classes()[asked["label"]],
+                k=self.k,
+            )
+            rows.append(Row.of("knn_accuracy", estimate, images=name))
+        return self.summary(rows, parts.unreadable(session.run), voting=len(votes["index"]))
+
+    @classmethod
+    def remarks(cls, summary: Summary) -> Iterator[str]:
+        yield from super().remarks(summary)
+        yield f"k = {summary.identity['k']}, {summary.details['voting']} voting images."
+        hashes = [summary.identity[field] for field in cls.image_fields]
+        if hashes[0] == hashes[1]:
+            yield "The test images are the voting images: each of them votes for itself."
+
+
+def _centred_pixels(found):
+    """Pixels (N,H*W*C), grey at 0."""
+    return jnp.asarray(found["pixels"].astype(np.float32) / np.float32(255) - np.float32(0.5))
+
+
+def _representations(found):
+    """Representations (N,D)."""
+    return jnp.asarray(found["clean"])
