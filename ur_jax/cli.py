@@ -29,7 +29,7 @@ from ur_jax import registry
 from ur_jax.devices import hosts
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.jobs import JOBS, Job
-from ur_jax.jobs.base import EncoderLike, ImagesLike
+from ur_jax.jobs.base import EncoderLike, ImagesLike, ProbeLike
 from ur_jax.jobs.progress import console
 
 Config = TypeVar("Config")
@@ -123,11 +123,12 @@ def find(name: str) -> Command:
 
 def job_command(job: type[Job]) -> Command:
     """The command of a job: its fields are the flags, beside where to and how."""
+    out = None if job.out_is_optional else tyro.MISSING
     flags = dataclasses.make_dataclass(
         f"{job.__name__}Flags",
         [
             ("job", tyro.conf.OmitArgPrefixes[job], dataclasses.field(default_factory=job)),
-            ("out", Path, dataclasses.field(default=tyro.MISSING)),
+            ("out", Path | None if job.out_is_optional else Path, dataclasses.field(default=out)),
             ("preset", str, dataclasses.field(default=next(iter(job.presets), ""))),
             ("clean", Path | None, dataclasses.field(default=None)),
             ("num_workers", int, dataclasses.field(default=0)),
@@ -154,7 +155,8 @@ def run_job(flags: Any) -> None:
     console.print(summary)
     for remark in JOBS[summary.job].remarks(summary):
         console.print(remark, markup=False, highlight=False)
-    console.print(f"Results in {flags.out}", markup=False, highlight=False)
+    if flags.out is not None:
+        console.print(f"Results in {flags.out}", markup=False, highlight=False)
 
 
 def take_global_flags(words: Sequence[str]) -> list[str]:
@@ -231,12 +233,13 @@ def _path_rule(
 def _named_rule(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Takes the name of an encoder or of images, where a notebook may give the thing itself."""
-    if info.type not in (EncoderLike, ImagesLike):
+    """Takes the name of an encoder, of images or of a probe, where a notebook may give the thing itself."""
+    metavar = {EncoderLike: "ENCODER", ImagesLike: "IMAGES", ProbeLike: "PROBE"}.get(info.type)
+    if metavar is None:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="ENCODER" if info.type == EncoderLike else "IMAGES",
+        metavar=metavar,
         instance_from_str=lambda texts: texts[0],
         is_instance=lambda value: isinstance(value, str),
         str_from_instance=lambda value: [value],

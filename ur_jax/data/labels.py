@@ -69,7 +69,9 @@ def parse_map(class_map: ClassMap) -> dict[str, str]:
         if not (theirs and equals and ours):
             raise UserError(f"Expected a class map as THEIRS=OURS, got {text!r}.")
         if found.get(theirs, ours) != ours:
-            raise UserError(f"Expected one class for {theirs!r}, got {found[theirs]!r} and {ours!r}.")
+            raise UserError(
+                f"Expected one class for {theirs!r}, got {found[theirs]!r} and {ours!r}."
+            )
         found[theirs] = ours
     return found
 

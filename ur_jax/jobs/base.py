@@ -34,12 +34,14 @@ from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import DamagedError, MissingPackageError, UserError
 from ur_jax.jobs.progress import Progress, quiet, watched
+from ur_jax.probes.classifier import Classifier
 from ur_jax.registry import Registry
 from ur_jax.runs import Run, lock
 from ur_jax.runs.summary import Summary
 
 EncoderLike = Encoder | str
 ImagesLike = ImageSource | str
+ProbeLike = Classifier | str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Job(abc.ABC):
     """Fields that name images."""
     not_identity: ClassVar[tuple[str, ...]] = ()
     """Fields that change no number, such as a place or a batch size."""
+    out_is_optional: ClassVar[bool] = False
+    """Whether the command may run without a folder, and keep nothing."""
     presets: ClassVar[Mapping[str, Job]] = {}
     """Named settings; the first one is the default."""
 

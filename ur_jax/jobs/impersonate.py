@@ -36,15 +36,13 @@ from ur_jax.encoders.base import Encoder
 from ur_jax.encoders.outputs import with_representation
 from ur_jax.errors import NotFoundError, UserError
 from ur_jax.jobs import parts
-from ur_jax.jobs.base import Job, Session, register
+from ur_jax.jobs.base import Job, ProbeLike, Session, register
 from ur_jax.probes import linear
 from ur_jax.probes.checkpoint import identified, load_probe
 from ur_jax.probes.classifier import Classifier
 from ur_jax.runs.summary import Row, Summary
 from ur_jax.stats.intervals import Estimate, proportion_interval
 from ur_jax.types import Array
-
-ProbeLike = Classifier | str
 
 _NUM_SHOWN = 4  # images in the grid, of each direction
 
@@ -207,9 +205,7 @@ class Impersonate(Job):
         title = f"{self.groups[place].name}: clean images"
         self._stage(session, f"clean_{place}", title, compute, self._members(place))
 
-    def _attack(
-        self, session: Session, place: int, own: np.ndarray, others: np.ndarray
-    ) -> None:
+    def _attack(self, session: Session, place: int, own: np.ndarray, others: np.ndarray) -> None:
         """Attacks some images of a group towards the other's: values (N,R) at each reading."""
         config, encoder, mesh = self.attack, self.model, session.mesh
         own = own[evenly_spaced(len(own), min(len(own), config.num_images or len(own)))]

@@ -35,7 +35,7 @@ class Knn(Job):
     """k-nearest-neighbour accuracy: --images vote for the classes of --test-images."""
 
     image_fields = ("images", "test_images")
-    may_keep_nothing = True
+    out_is_optional = True
 
     test_images: ImagesLike = tyro.MISSING
     """Image spec of the images that are classified; those of --images vote."""
@@ -75,9 +75,7 @@ class Knn(Job):
     def test_classes(self) -> np.ndarray:
         """Where the classes of the test images are among those of the voting images."""
         theirs, ours = (self.source(f).class_names for f in ("test_images", "images"))
-        return labels.match_classes(
-            theirs, ours, self.class_map, kind="class of the voting images"
-        )
+        return labels.match_classes(theirs, ours, self.class_map, kind="class of the voting images")
 
     def compute(self, session: Session) -> None:
         encoder = devices.replicate(session.mesh, self.model)
