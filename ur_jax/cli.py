@@ -233,7 +233,7 @@ def _path_rule(
 def _named_rule(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Takes the name of an encoder, of images or of a probe, where a notebook may give the thing itself."""
+    """Takes a name of what a notebook may give itself: an encoder, images, a probe."""
     metavar = {EncoderLike: "ENCODER", ImagesLike: "IMAGES", ProbeLike: "PROBE"}.get(info.type)
     if metavar is None:
         return None

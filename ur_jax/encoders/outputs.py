@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ur_jax.encoders.base import Encoder
 from ur_jax.encoders.networks.network import NetworkFn
-from ur_jax.encoders.zoo.published import ENCODERS
+from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import unknown_name
 
 
