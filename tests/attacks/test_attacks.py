@@ -158,8 +158,7 @@ def test_fgsm_is_one_step_to_the_surface():
     result = attacks.u_fgsm(encoder, images, jax.random.key(0), eps=0.03)
     np.testing.assert_allclose(result.history.perturb_linf[:, 0], 0.03, rtol=1e-5)
     # From any start, one step of size eps reaches the face of the ball that the sign points to.
-    keys = attacks.image_keys(jax.random.key(0), 4)
-    start = attacks._start(images, keys, 0.03, attacks.fgsm_config(0.03))
+    start = attacks.random_start(images, jax.random.key(0), config=attacks.fgsm_config(0.03))
     gradient = (encoder(start) - encoder(images)) @ encoder.params.T
     moved = np.sign(np.asarray(gradient)).reshape(images.shape)
     delta = np.asarray(result.images - images)
@@ -171,7 +170,7 @@ def test_random_start_is_uniform_in_the_ball(norm):
     # Radius / eps of a uniform point in a d-dimensional ball has mean d / (d + 1).
     images = jnp.full((4000, 1, 1, 3), 0.5)
     config = attacks.AttackConfig(eps=0.1, norm=norm)
-    start = attacks._start(images, attacks.image_keys(jax.random.key(1), 4000), 0.1, config)
+    start = attacks.random_start(images, jax.random.key(1), config=config)
     delta = np.asarray(start - images).reshape(-1, 3) / 0.1
     radius = np.abs(delta).max(1) if norm == "linf" else np.linalg.norm(delta, axis=1)
     # Standard deviation of the radius is sqrt(d / (d + 2)) / (d + 1): 0.19 for d = 3; 4.5 sigmas.
@@ -205,18 +204,18 @@ def test_keys_per_image_make_batches_irrelevant():
 
 def test_compiled_attack_has_no_callback_no_weight_gradient_and_compiles_once():
     images, keys = _images(4), attacks.image_keys(jax.random.key(0), 4)
-    before = attacks._u_pgd._cache_size()
+    before = attacks.unsupervised._u_pgd._cache_size()
     for seed in range(3):  # new weights of the same network, and other radii
         config = attacks.AttackConfig(eps=0.1 * (1 + seed), step_size=0.02, num_steps=4)
         attacks.u_pgd(_linear_encoder(seed=seed), images, keys, config=config)
-    assert attacks._u_pgd._cache_size() == before + 1
+    assert attacks.unsupervised._u_pgd._cache_size() == before + 1
     encoder = _linear_encoder()
-    arguments = (encoder, images, keys, None, None, *attacks._split(config))
-    lowered = attacks._u_pgd.lower(*arguments)
+    arguments = (encoder, images, keys, None, None, *attacks.config.split(config))
+    lowered = attacks.unsupervised._u_pgd.lower(*arguments)
     text = lowered.as_text()
     assert "callback" not in text and "infeed" not in text and "outfeed" not in text
     # A weight gradient would be a product of shape (PIXELS, 8) inside the loop.
-    jaxpr = str(jax.make_jaxpr(attacks._u_pgd, static_argnums=6)(*arguments))
+    jaxpr = str(jax.make_jaxpr(attacks.unsupervised._u_pgd, static_argnums=6)(*arguments))
     products = [line for line in jaxpr.splitlines() if "dot_general" in line]
     shapes = (f"f32[{PIXELS},8] = ", f"f32[8,{PIXELS}] = ")
     assert products and not any(shape in line for line in products for shape in shapes)

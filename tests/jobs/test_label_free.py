@@ -51,10 +51,10 @@ def source(tmp_path_factory):
 def finished(source, tmp_path_factory):
     """A run left alone, and how many programs the attacks were compiled to."""
     run = runs.open_run(tmp_path_factory.mktemp("run") / "out", CONFIG)
-    before = attacks._u_pgd._cache_size()
+    before = attacks.unsupervised._u_pgd._cache_size()
     with pytest.warns(UserWarning, match="06.png"):
         result = label_free.evaluate(ENCODER, source, run, config=CONFIG)
-    return run, result, attacks._u_pgd._cache_size() - before
+    return run, result, attacks.unsupervised._u_pgd._cache_size() - before
 
 
 def _value(result, metric, divergence, eps, step):

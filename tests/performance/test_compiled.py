@@ -47,7 +47,7 @@ def images():
 def attack_arguments(encoder, images):
     """Arguments of the attack's program; the last one is static."""
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(images)))
-    return encoder, images, keys, None, None, *attacks._split(attacks.AttackConfig(num_steps=2))
+    return encoder, images, keys, None, None, *attacks.config.split(attacks.AttackConfig(num_steps=2))
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def resnet50():
     """The ResNet-50 without weights, an image, and the traced attack."""
     encoder = loading.abstract_encoder("resnet50", "backbone")
     image = jax.ShapeDtypeStruct((1, *encoder.input_size, 3), jnp.float32)
-    return encoder, image, attacks._u_pgd.trace(*attack_arguments(encoder, image))
+    return encoder, image, attacks.unsupervised._u_pgd.trace(*attack_arguments(encoder, image))
 
 
 @pytest.fixture(scope="module")
 def programs(encoder, images):
     """The small network's forward pass and attack, compiled for one device."""
     forward = jax.jit(_encode).lower(encoder, images).compile()
-    return forward, attacks._u_pgd.lower(*attack_arguments(encoder, images)).compile()
+    return forward, attacks.unsupervised._u_pgd.lower(*attack_arguments(encoder, images)).compile()
 
 
 def test_a_step_costs_at_most_2_05_forward_passes(resnet50):
@@ -131,11 +131,11 @@ def test_the_sampling_loop_has_no_collective_and_calls_no_host(encoder, images):
 def test_one_compilation_per_configuration(encoder, images):
     key, config = jax.random.key(0), ur_jax.AttackConfig(num_steps=1)
     ur_jax.u_pgd(encoder, images, key, config=config)
-    before = attacks._u_pgd._cache_size()
+    before = attacks.unsupervised._u_pgd._cache_size()
     other = encoder.replace(params=jax.tree.map(lambda x: 0.5 * x, encoder.params))
     sweep = ur_jax.AttackConfig(num_steps=1, eps=0.1, step_size=0.02)
     ur_jax.u_pgd(other, images, key, config=sweep)
-    assert attacks._u_pgd._cache_size() == before
+    assert attacks.unsupervised._u_pgd._cache_size() == before
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

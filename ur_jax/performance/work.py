@@ -91,10 +91,10 @@ def u_pgd(size: Size) -> Workload:
     """An untargeted attack with its history: the clean pass, the steps, a last pass."""
     inputs = _inputs(size)
     keys = shard(data_mesh(), attacks.image_keys(jax.random.key(0), size.batch_size))
-    numbers, rest = attacks._split(attacks.AttackConfig(num_steps=size.num_steps))
+    numbers, rest = attacks.config.split(attacks.AttackConfig(num_steps=size.num_steps))
     dynamic = dict(**inputs, keys=keys, target=None, start=None, size=numbers)
     items = size.batch_size * size.num_steps
-    workload = _compiled(attacks._u_pgd, dynamic, dict(config=rest), items=items)
+    workload = _compiled(attacks.unsupervised._u_pgd, dynamic, dict(config=rest), items=items)
     workload = workload._replace(note=f"{size.num_steps} steps")
     # A loop's body counts once in the compiler's analysis, beside the two passes outside it.
     beside = _compiled(_encode, inputs, items=size.batch_size)

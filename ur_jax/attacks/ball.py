@@ -1,0 +1,94 @@
+"""The ball around the originals: where an attack starts in it, and how it stays inside."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ur_jax.errors import UserError
+from ur_jax.types import Array, Key
+
+NORMS = ("linf", "l2")
+
+# The float32 norm of a perturbation is off by less than this share of itself.
+_NORM_MARGIN = 2.0**-18
+
+
+@dataclasses.dataclass(frozen=True)
+class Ball:
+    """The images at most `eps` from each of some originals, in a norm, and in [0,1].
+
+    Attributes:
+      images: the originals (B,H,W,3) float32 in [0,1].
+      eps: radius, > 0, in pixel units.
+      norm: "linf" or "l2".
+    """
+
+    images: Array
+    eps: float | Array
+    norm: str
+
+    def project(self, attacked: Array) -> Array:
+        """Moves images (B,H,W,3) into the ball and into [0,1]; see `project`."""
+        return project(attacked, self.images, eps=self.eps, norm=self.norm)
+
+    def direction(self, gradient: Array) -> Array:
+        """Steepest ascent direction (B,H,W,3) of unit length in the norm; 0 for a gradient of 0."""
+        if self.norm == "linf":
+            return jnp.sign(gradient)
+        # Scaled first: squares of small gradients would underflow.
+        largest = jnp.max(jnp.abs(gradient), axis=(1, 2, 3), keepdims=True)
+        gradient = gradient / jnp.where(largest > 0, largest, 1.0)
+        length = jnp.sqrt(jnp.sum(jnp.square(gradient), axis=(1, 2, 3), keepdims=True))
+        return gradient / jnp.maximum(length, 1.0)
+
+    def draw(self, keys: Array) -> Array:
+        """Images uniform in the ball, one for each key (B,), then moved into [0,1]."""
+        shape = self.images.shape[1:]
+        if self.norm == "linf":
+            draw = lambda key: jax.random.uniform(key, shape, minval=-1.0)
+        else:
+            draw = lambda key: jax.random.ball(key, self.images[0].size).reshape(shape)
+        return self.project(self.images + self.eps * jax.vmap(draw)(keys))
+
+
+def project(attacked: Array, images: Array, *, eps: float | Array, norm: str) -> Array:
+    """Moves `attacked` into the ball of radius `eps` around `images`, and into [0,1].
+
+    linf: clips every pixel to [x - eps, x + eps], then to [0,1]. l2: scales the perturbation to
+    eps / max(eps, |delta|_2), clips to [0,1] (which brings it no farther from x, since x is in
+    [0,1]) and rounds every pixel towards x, so that rounding can't leave the ball either.
+
+    Args:
+      attacked: (B,H,W,3) float32.
+      images: (B,H,W,3) float32 in [0,1], the centres.
+      eps: radius, > 0, in pixel units.
+      norm: "linf" or "l2".
+    """
+    if norm == "linf":
+        return jnp.clip(attacked, jnp.maximum(images - eps, 0.0), jnp.minimum(images + eps, 1.0))
+    delta = attacked - images
+    length = jnp.sqrt(jnp.sum(jnp.square(delta), axis=(1, 2, 3), keepdims=True))
+    delta = delta * (eps / jnp.maximum(length * (1.0 + _NORM_MARGIN), eps))
+    moved = jnp.clip(images + delta, 0.0, 1.0)
+    return jnp.where(jnp.abs(moved - images) > jnp.abs(delta), jnp.nextafter(moved, images), moved)
+
+
+def image_keys(key: Key, num_images: int) -> Array:
+    """Returns a key per image: `key` folded with 0, 1, ..., or `key` itself if it is (B,) keys."""
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_images))
+    if key.shape != (num_images,):
+        raise UserError(
+            f"Expected one key, or one for each of {num_images} images, got {key.shape}."
+        )
+    return key
+
+
+def norms(delta: Array) -> tuple[Array, Array, Array]:
+    """l1, l2 and linf norms (B,) of perturbations (B,H,W,3)."""
+    axes = (1, 2, 3)
+    size = jnp.abs(delta)
+    return size.sum(axes), jnp.sqrt(jnp.square(delta).sum(axes)), size.max(axes)

@@ -1,0 +1,72 @@
+"""The settings of an attack, and which of them are traced."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from ur_jax.attacks.ball import NORMS
+from ur_jax.attacks.rules import RULES
+from ur_jax.errors import UserError, unknown_name
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackConfig:
+    """Settings of a projected-gradient attack; the defaults are the paper's U-PGD.
+
+    Attributes:
+      eps: radius of the ball in pixel units, > 0.
+      step_size: length of a step in the same norm, > 0; of the first one, for rules that change it.
+      num_steps: number of steps, >= 1.
+      norm: "linf" or "l2".
+      random_start: start uniformly in the ball rather than at the image.
+      num_restarts: independent runs, of which each image keeps its worst, >= 1.
+      rule: how a gradient becomes a step, a name of `RULES`.
+
+    Raises:
+      ValueError: for a value out of range.
+    """
+
+    eps: float = 0.05
+    step_size: float = 0.001
+    num_steps: int = 55
+    norm: str = "linf"
+    random_start: bool = True
+    num_restarts: int = 1
+    rule: str = "fixed"
+
+    def __post_init__(self):
+        for field in ("eps", "step_size"):
+            value = getattr(self, field)
+            if not 0.0 < value < float("inf"):
+                raise UserError(f"Expected {field} > 0, in pixel units of [0,1], got {value}.")
+        for field in ("num_steps", "num_restarts"):
+            value = getattr(self, field)
+            if value < 1:
+                raise UserError(f"Expected {field} >= 1, got {value}.")
+        if self.norm not in NORMS:
+            raise unknown_name("norm", self.norm, NORMS)
+        if self.num_restarts > 1 and not self.random_start:
+            raise UserError(
+                f"Expected a random start with num_restarts={self.num_restarts}: without one, "
+                "all restarts are the same run. Set random_start=True or num_restarts=1."
+            )
+        RULES[self.rule]  # raises for an unknown name
+
+
+def fgsm_config(eps: float, norm: str = "linf") -> AttackConfig:
+    """Returns the config of FGSM: one step of size `eps`."""
+    return AttackConfig(eps=eps, step_size=eps, num_steps=1, norm=norm)
+
+
+class Size(NamedTuple):
+    """The numbers of a config that are traced, so that a sweep over them compiles once."""
+
+    eps: float
+    step_size: float
+
+
+def split(config: AttackConfig) -> tuple[Size, AttackConfig]:
+    """The traced numbers of a config, and the rest of it, which is static."""
+    rest = dataclasses.replace(config, eps=1.0, step_size=1.0)
+    return Size(config.eps, config.step_size), rest

@@ -1,0 +1,150 @@
+"""Unsupervised attacks, U-PGD and U-FGSM: representations are moved away, or towards a target."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ur_jax.attacks.ascent import ascend, start_of
+from ur_jax.attacks.ball import Ball, image_keys
+from ur_jax.attacks.config import AttackConfig, fgsm_config, split
+from ur_jax.distances import all_distances
+from ur_jax.encoders.base import Encoder, check_images
+from ur_jax.errors import UserError
+from ur_jax.types import Array, Key
+
+
+class AttackHistory(NamedTuple):
+    """What an attack records, each (B,T): entry t is distances BEFORE step t, norms AFTER step t.
+
+    So entry 0 of the distances belongs to the start, "at t steps" is entry t of a run of more than
+    t steps, and the distances after the last step are those of the result's representations.
+    Perturbation norms are in pixel units, over all H*W*3 values.
+    """
+
+    dist_l1: Array
+    dist_l2: Array
+    dist_linf: Array
+    cosine_similarity: Array
+    perturb_l1: Array
+    perturb_l2: Array
+    perturb_linf: Array
+
+
+class AttackResult(NamedTuple):
+    """Attacked images and how the attack went.
+
+    Attributes:
+      images: (B,H,W,3) float32, in the ball around the originals and in [0,1].
+      representations: (B,D) float32, of the attacked images.
+      objective: (B,) float32, what was maximised, at the attacked images.
+      history: what was recorded on the way.
+    """
+
+    images: Array
+    representations: Array
+    objective: Array
+    history: AttackHistory
+
+
+def u_pgd(
+    encoder: Encoder,
+    images: Array,
+    key: Key,
+    *,
+    config: AttackConfig,
+    target: Array | None = None,
+    start: Array | None = None,
+) -> AttackResult:
+    """Unsupervised PGD: moves representations away from their own, or towards a target.
+
+      untargeted: maximise |f(x + delta) - f(x)|^2      targeted: minimise |f(x + delta) - target|^2
+
+    The squared l2 distance has the same direction of gradient as l2 and is differentiable at 0.
+
+    Args:
+      encoder: the encoder f.
+      images: originals (B,H,W,3) float32 in [0,1].
+      key: one typed key, of which image i uses fold_in(key, i), or a key per image (B,), with which
+        the result does not depend on how images are batched.
+      config: the attack; eps and step size are traced, the rest is static.
+      target: representations (B,D) float32 to move towards; untargeted if left out.
+      start: where to start (B,H,W,3) instead of at random; taken as it is, even outside the ball.
+
+    Returns:
+      Attacked images, their representations, and the history of distances to f(x) or the target.
+
+    Raises:
+      ValueError: for images that are not of the encoder's size, dtype or range, a target of another
+        shape, or an untargeted attack without random start: its gradient at delta = 0 is zero.
+
+    Reference:
+      Petrov & Kwiatkowska 2022, section 3.1. Differs from their code in computing no gradient of
+      the weights (departure 7).
+    """
+    check_images(encoder, images)
+    if start is not None and (start.shape != images.shape or config.num_restarts > 1):
+        raise UserError(
+            f"Expected start of shape {tuple(images.shape)} and num_restarts=1, got "
+            f"{tuple(start.shape)} and {config.num_restarts}."
+        )
+    if target is None and start is None and not config.random_start:
+        raise UserError(
+            "Expected random_start=True for an untargeted attack, got False: at the original image "
+            "the gradient of the distance to itself is exactly zero, and nothing would move."
+        )
+    if target is not None and target.shape != (len(images), encoder.dimension):
+        raise UserError(
+            f"Expected target representations ({len(images)},{encoder.dimension}), one for each "
+            f"image, got {tuple(target.shape)}."
+        )
+    keys = image_keys(key, len(images))
+    return _u_pgd(encoder, images, keys, target, start, *split(config))
+
+
+def u_fgsm(
+    encoder: Encoder,
+    images: Array,
+    key: Key,
+    *,
+    eps: float,
+    norm: str = "linf",
+    target: Array | None = None,
+) -> AttackResult:
+    """Unsupervised FGSM: `u_pgd` in one step of size `eps`; arguments and errors as there."""
+    return u_pgd(encoder, images, key, config=fgsm_config(eps, norm), target=target)
+
+
+def random_start(images: Array, key: Key, *, config: AttackConfig) -> Array:
+    """Returns where `u_pgd` with the same arguments starts, to go on from by its `start`.
+
+    Args:
+      images: originals (B,H,W,3) float32 in [0,1].
+      key: as in `u_pgd`.
+      config: the attack; the originals are returned if it has no random start.
+    """
+    ball = Ball(images, config.eps, config.norm)
+    return start_of(ball, image_keys(key, len(images)), config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _u_pgd(encoder, images, keys, target, start, size, config) -> AttackResult:
+    """`u_pgd` without the checks."""
+    sign, reference = (1.0, encoder(images)) if target is None else (-1.0, target)
+    reference = jax.lax.stop_gradient(reference)
+
+    def objective_fn(attacked):
+        representations = encoder(attacked)
+        objective = sign * jnp.sum(jnp.square(representations - reference), axis=-1)
+        return objective, representations
+
+    def record_fn(representations):
+        return all_distances(representations, reference)
+
+    end = ascend(objective_fn, record_fn, images, keys, size, config, start)
+    return AttackResult(
+        end.images, end.output, end.objective, AttackHistory(*end.records, *end.norms)
+    )
