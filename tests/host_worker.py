@@ -8,7 +8,6 @@ never). FOLDER has the checkpoint and the images.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -28,28 +27,22 @@ if int(num_hosts) > 1:
         address, int(num_hosts), int(host), coordinator_bind_address=address,
         initialization_timeout=60, heartbeat_timeout_seconds=20,
     )  # fmt: skip
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
-import benchmark  # noqa: E402
-import evaluate  # noqa: E402
-import impersonate  # noqa: E402
-import matrix  # noqa: E402
 import numpy as np  # noqa: E402
 import tiny_encoder  # noqa: E402
 
-from ur_jax import data, runs  # noqa: E402
+from ur_jax import runs  # noqa: E402
 from ur_jax.certify import CenterConfig, RandomizedConfig  # noqa: E402
-from ur_jax.encoders import loading  # noqa: E402
-from ur_jax.jobs import probe as probing  # noqa: E402
-from ur_jax.jobs.impersonate import ImpersonationConfig  # noqa: E402
-from ur_jax.jobs.label_free import EvaluationConfig  # noqa: E402
+from ur_jax.data import ViewConfig  # noqa: E402
+from ur_jax.encoders import checkpoints  # noqa: E402
+from ur_jax.jobs import benchmark, matrix  # noqa: E402
+from ur_jax.jobs.impersonate import Impersonate, ImpersonationConfig  # noqa: E402
+from ur_jax.jobs.label_free import EvaluationConfig, LabelFree  # noqa: E402
+from ur_jax.jobs.probe import Probe  # noqa: E402
 from ur_jax.probes.linear import ProbeConfig  # noqa: E402
 
-tiny = contextlib.ExitStack()
-tiny.enter_context(tiny_encoder.stands_for_demo())
-evaluate.plot = lambda *_: None  # figures take half of the time
-impersonate.report.plot_impersonation = lambda *_: None
-benchmark.report.parts = lambda *_: iter(())
+for job in (LabelFree, Impersonate):
+    job.draw = lambda *_: None  # figures take half of the time
 if int(die_after):
     write_part, left = runs.Run.write_part, itertools.count(int(die_after), -1)
 
@@ -61,35 +54,39 @@ if int(die_after):
     runs.Run.write_part = write_or_die
 
 TRAINING = ProbeConfig(num_epochs=2, learning_rate=0.1, batch_size=8, batch_norm=True)
-config = benchmark.Config(
-    workdir=Path(workdir),
-    encoders=(f"tiny={folder}/encoder",),
-    images=f"folder:{folder}/images",
-    train_images=f"folder:{folder}/images",
-    protocol=EvaluationConfig(
-        num_images=20, eps=(0.05,), read_at=(1, 2), overlap_steps=1, breakaway_steps=2,
-        num_distribution=None, batch_size=4,
-    ),
-    certificates=dataclasses.replace(
-        matrix.CertificateSettings(),
-        num_images=5,
-        center=CenterConfig(bound="union", n0=300, n=512, alpha1=0.05, alpha2=0.05, delta=0.15),
-        randomized=RandomizedConfig(n0=16, n=128),
-    ),
-    probe=matrix.ProbeSettings(cached=True, num_draws=2, training=TRAINING),
-    impersonation=ImpersonationConfig(read_at=(1, 2), batch_size=4),
-    first_range=None,
-    second_range=None,
-)  # fmt: skip
-code = benchmark.main(config)
+with tiny_encoder.stands_for_demo():
+    config = matrix.Config(
+        workdir=Path(workdir),
+        encoders=(f"tiny={folder}/encoder",),
+        images=f"folder:{folder}/images",
+        train_images=f"folder:{folder}/images",
+        protocol=EvaluationConfig(
+            num_images=20, eps=(0.05,), read_at=(1, 2), overlap_steps=1, breakaway_steps=2,
+            num_distribution=None, batch_size=4,
+        ),
+        certificates=dataclasses.replace(
+            matrix.CertificateSettings(),
+            num_images=5,
+            center=CenterConfig(bound="union", n0=300, n=512, alpha1=0.05, alpha2=0.05, delta=0.15),
+            randomized=RandomizedConfig(n0=16, n=128),
+        ),
+        probe=matrix.ProbeSettings(cached=True, num_draws=2, training=TRAINING),
+        impersonation=ImpersonationConfig(read_at=(1, 2), batch_size=4),
+        first_range=None,
+        second_range=None,
+    )  # fmt: skip
+    code = benchmark.main(config)
 
-# The paper's training, on fresh crops in every epoch.
-source = data.open_images(config.images)
-job = probing.Job(
-    loading.load_encoder(f"{folder}/encoder", representation="features"), source,
-    np.arange(len(source)), runs.open_run(Path(workdir, "streamed"), {}), TRAINING,
-    data.ViewConfig(augment=True), host=int(host), num_hosts=int(num_hosts),
-)  # fmt: skip
-trained, history = job.train()
-np.savez(Path(workdir, f"streamed-{host}.npz"), loss=[row["loss"] for row in history], **trained)
+    # The paper's training, on fresh crops in every epoch.
+    streamed = Path(workdir, "streamed")
+    summary = Probe(
+        encoder=f"{folder}/encoder",
+        images=config.images,
+        test_images=config.images,
+        training=TRAINING,
+        views=ViewConfig(augment=True),
+    ).run(streamed)
+    trained, _ = checkpoints.restore_encoder(streamed / "probe")
+loss = [row["loss"] for row in summary.details["history"]]
+np.savez(Path(workdir, f"streamed-{host}.npz"), loss=loss, **trained)
 sys.exit(code)
