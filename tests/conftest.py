@@ -32,20 +32,26 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def shared_dir() -> pathlib.Path:
-    """The reference outputs and the test data that lie beside the checkout."""
+    """Real pictures, which are never committed: they lie beside the checkout."""
     if not _SHARED.is_dir():
-        pytest.skip(f"needs the reference data, expected beside the checkout in {_SHARED.name}/")
+        pytest.skip(f"needs real pictures, expected beside the checkout in {_SHARED.name}/data")
     return _SHARED
 
 
 @pytest.fixture(scope="session")
-def golden(shared_dir):
-    """Reads one file of reference outputs: golden("mocov2.npz")."""
-    return lambda name: np.load(shared_dir / "golden" / name)
+def golden_dir() -> pathlib.Path:
+    """The reference outputs, see their README."""
+    return pathlib.Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
-def mocov2_encoder(shared_dir):
+def golden(golden_dir):
+    """Reads one file of reference outputs: golden("mocov2.npz")."""
+    return lambda name: np.load(golden_dir / name)
+
+
+@pytest.fixture(scope="session")
+def mocov2_encoder(golden_dir):
     """The MoCo v2 encoder with the reference outputs' synthetic weights."""
     import json
 
@@ -54,7 +60,7 @@ def mocov2_encoder(shared_dir):
     from ur_jax.encoders import loading, torch_files
     from ur_jax.encoders.zoo import ENCODERS
 
-    layout = json.loads((shared_dir / "golden" / "mocov2.layout.json").read_text())
+    layout = json.loads((golden_dir / "mocov2.layout.json").read_text())
     spec = ENCODERS["mocov2"]
     published = torch_files.map_tensors(reference_rules.state_dict(layout), spec)
     return loading.make_encoder(spec, published.variables, published.config)

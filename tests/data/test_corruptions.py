@@ -133,8 +133,8 @@ def test_clean_test_images_are_the_reference_bytes(golden, operation, input_size
     assert zlib.crc32(np.ascontiguousarray(result).tobytes()) == stored["crc32"][row, column]
 
 
-def test_random_crops_have_the_reference_statistics(shared_dir):
-    stored = json.loads((shared_dir / "golden" / "augmentation.json").read_text())
+def test_random_crops_have_the_reference_statistics(golden_dir):
+    stored = json.loads((golden_dir / "augmentation.json").read_text())
     stored = stored["random_resized_crop"]
     rng, n = np.random.default_rng(0), 4000
     for height, width in ((64, 64), (375, 500)):

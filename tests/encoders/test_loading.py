@@ -223,9 +223,9 @@ def test_table_lists_every_encoder(capsys):
     assert "skip_hidden 128 (paper)" in shown
 
 
-def test_full_size_file(tmp_path, shared_dir):
+def test_full_size_file(tmp_path, golden_dir):
     """MoCo v2's published layout on disk, converted and loaded directly: the same weights."""
-    layout = json.loads((shared_dir / "golden" / "mocov2.layout.json").read_text())
+    layout = json.loads((golden_dir / "mocov2.layout.json").read_text())
     path = save_torch(tmp_path / "moco_v2.pth.tar", reference_rules.state_dict(layout))
     convert_weights.main(convert_weights.Config("mocov2", path, tmp_path / "out"))
     direct = loading.load_encoder(path, "mocov2")

@@ -32,11 +32,11 @@ def _published(layout: dict) -> tuple[dict, dict]:
 
 
 @pytest.fixture(scope="module")
-def published(shared_dir):
+def published(golden_dir):
     """Reads a layout: published("mocov2") -> (spec, contents, tensors)."""
 
     def read(name):
-        layout = json.loads((shared_dir / "golden" / f"{name}.layout.json").read_text())
+        layout = json.loads((golden_dir / f"{name}.layout.json").read_text())
         return ENCODERS[VARIANTS.get(name, name)], *_published(layout)
 
     return read

@@ -162,9 +162,9 @@ def test_no_weights_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_mutated_layout_names_all_three(shared_dir, name):
+def test_mutated_layout_names_all_three(golden_dir, name):
     """One key missing, one extra and one transposed come in one error, for every family."""
-    layout = json.loads((shared_dir / "golden" / f"{name}.layout.json").read_text())
+    layout = json.loads((golden_dir / f"{name}.layout.json").read_text())
     spec = ENCODERS[VARIANTS.get(name, name)]
     listed = [t for group in layout["tensors"].values() for t in group]
     arrays = {t["key"]: np.broadcast_to(np.zeros((), t["dtype"]), t["shape"]) for t in listed}

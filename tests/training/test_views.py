@@ -45,9 +45,9 @@ gaussian_blur = jax.jit(aug.gaussian_blur, static_argnames="radius")
 
 
 @pytest.fixture
-def statistics(shared_dir):
+def statistics(golden_dir):
     """The recorded distributions."""
-    return json.loads((shared_dir / "golden" / "augmentation.json").read_text())
+    return json.loads((golden_dir / "augmentation.json").read_text())
 
 
 def only(**fields):
