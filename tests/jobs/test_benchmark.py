@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import shlex
 
 import fsspec
@@ -15,13 +14,19 @@ import tiny_encoder
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from ur_jax import cli, runs
+from ur_jax import cli
 from ur_jax.encoders import loading
 from ur_jax.errors import UserError
 from ur_jax.jobs import benchmark, parts
-from ur_jax.jobs.label_free import EvaluationConfig, LabelFree
+from ur_jax.jobs.label_free import EvaluationConfig
 from ur_jax.jobs.matrix import EncoderEntry, make_plan
-from ur_jax.jobs.progress import quiet
+
+
+@pytest.fixture
+def tiny():
+    """Encoder "demo" with a network of a few hundred weights."""
+    with tiny_encoder.stands_for_demo():
+        yield
 
 
 @pytest.fixture

@@ -1,21 +1,24 @@
-"""The label-free table of a user's own function, against NumPy; resumed runs; one compilation."""
+"""The label-free table of a user's own function, against NumPy; one compilation; its flags."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from ur_jax import attacks, data, runs
+from ur_jax import attacks, cli, data, runs
 from ur_jax.encoders import from_fn
+from ur_jax.errors import UserError
 from ur_jax.jobs import label_free
+from ur_jax.jobs.label_free import EvaluationConfig, LabelFree
+from ur_jax.jobs.progress import quiet
 
 SIZE = (6, 5)
-CONFIG = label_free.EvaluationConfig(
+CONFIG = EvaluationConfig(
     num_images=13,
     eps=(0.05, 0.1),
     step_size=0.02,
@@ -47,21 +50,27 @@ def source(tmp_path_factory):
     return data.open_images(f"folder:{folder}")
 
 
+def job(source, **changes):
+    return LabelFree(
+        encoder=ENCODER, images=source, protocol=dataclasses.replace(CONFIG, **changes)
+    )
+
+
 @pytest.fixture(scope="module")
 def finished(source, tmp_path_factory):
-    """A run left alone, and how many programs the attacks were compiled to."""
-    run = runs.open_run(tmp_path_factory.mktemp("run") / "out", CONFIG)
+    """A run left alone: its folder, its summary, and how many programs the attacks compiled to."""
+    run = runs.Run(tmp_path_factory.mktemp("run") / "out")
     before = attacks.unsupervised._u_pgd._cache_size()
     with pytest.warns(UserWarning, match="06.png"):
-        result = label_free.evaluate(ENCODER, source, run, config=CONFIG)
-    return run, result, attacks.unsupervised._u_pgd._cache_size() - before
+        summary = job(source).run(run.path, progress=quiet)
+    return run, summary, attacks.unsupervised._u_pgd._cache_size() - before
 
 
-def _value(result, metric, divergence, eps, step):
+def _value(summary, metric, divergence, eps, step):
     (found,) = (
-        m.estimate
-        for m in result.measurements
-        if (m.metric, m.divergence, m.step) == (metric, divergence, step) and m.eps == eps
+        row.estimate
+        for row in summary.rows
+        if (row.metric, row.divergence, row.eps, row.step) == (metric, divergence, eps, step)
     )
     return found
 
@@ -134,8 +143,8 @@ def test_targets_are_other_images_and_every_image_is_a_target(finished):
 
 
 def test_unreadable_image_is_named_and_left_out(finished):
-    run, result, _ = finished
-    assert [name for name in result.unreadable] == ["06.png"]
+    run, summary, _ = finished
+    assert list(summary.unreadable) == ["06.png"]
     assert len(run.read_parts("clean")["clean"]) == 36
     table = runs.read_table(run.path / "attacks.parquet")
     assert 6 not in table["image"] and 6 not in table["target"]
@@ -147,45 +156,54 @@ def test_each_configuration_compiles_once_over_an_uneven_last_batch(finished):
     assert finished[2] == 3
 
 
-@pytest.mark.parametrize("num_batches", [1, 4, 8, 13])
-@pytest.mark.filterwarnings("ignore:Skipped the unreadable")
-def test_an_interrupted_run_ends_with_the_same_numbers(finished, source, tmp_path, num_batches):
-    left = itertools.count(num_batches, -1)
-
-    def interrupted(iterable, description, total):
-        for item in iterable:
-            if next(left) == 0:
-                raise KeyboardInterrupt
-            yield item
-
-    run = runs.open_run(tmp_path / "out", CONFIG)
-    with pytest.raises(KeyboardInterrupt):
-        label_free.evaluate(ENCODER, source, run, config=CONFIG, progress=interrupted)
-    resumed = label_free.evaluate(ENCODER, source, run, config=CONFIG)
-    _, expected, _ = finished
-    assert resumed.measurements == expected.measurements
-    assert resumed.unreadable == expected.unreadable
-    jax.tree.map(np.testing.assert_array_equal, resumed.gallery, expected.gallery)
-    for name in ("attacks", "pairs", "neighbours"):
-        one, two = (runs.read_table(r.path / f"{name}.parquet") for r in (run, finished[0]))
-        jax.tree.map(np.testing.assert_array_equal, one, two)
+def test_clean_representations_are_shared_between_runs(source, finished, tmp_path, monkeypatch):
+    passes, encode = [], label_free.parts.encode
+    monkeypatch.setattr(label_free.parts, "encode", lambda *a: passes.append(1) or encode(*a))
+    for name in ("distances", "breakaway"):
+        one = dataclasses.replace(job(source), stages=(name,))
+        with pytest.warns(UserWarning, match="06.png"):
+            summary = one.run(tmp_path / name, bank=tmp_path / "bank", progress=quiet, plots=False)
+        assert set(summary.rows) <= set(finished[1].rows)
+    assert len(passes) == 5 + 2  # 37 images once, and the attacked ones
 
 
-def test_bad_input(source, tmp_path):
-    run = runs.open_run(tmp_path / "out", {})
-    with pytest.raises(ValueError, match="38 samples of a listing of 37"):
-        label_free.evaluate(
-            ENCODER, source, run, config=label_free.EvaluationConfig(num_images=38, batch_size=8)
-        )
-    with pytest.raises(ValueError, match="divisible by 8 devices, got 12"):
-        label_free.evaluate(
-            ENCODER, source, run, config=label_free.EvaluationConfig(num_images=4, batch_size=12)
-        )
+def test_the_batch_size_is_found_and_kept_for_a_run_that_goes_on(source, tmp_path, monkeypatch):
+    unknown = dataclasses.replace(job(source, batch_size=None, num_images=20), stages=("overlap",))
+    monkeypatch.setattr(label_free.memory, "fit_batch_size", lambda *_: 64)
+    with pytest.warns(UserWarning, match="06.png"):
+        first = unknown.run(tmp_path / "out", progress=quiet, plots=False)
+    # 20 images are 3 for each of 8 devices.
+    assert first.identity["protocol"]["batch_size"] == 24
+    monkeypatch.setattr(label_free.memory, "fit_batch_size", lambda *_: 1)
+    assert unknown.run(tmp_path / "out", progress=quiet, plots=False) == first
+    with pytest.warns(UserWarning, match="06.png"):
+        other = unknown.run(tmp_path / "other", progress=quiet, plots=False)
+    assert other.identity["protocol"]["batch_size"] == 8
+
+
+def test_presets_give_defaults_that_flags_change():
+    words = "--preset quick --encoder demo --images demo --out x --eps 0.2".split()
+    flags = cli.parse(cli.find("evaluate"), words)
+    quick = LabelFree.presets["quick"].protocol
+    assert flags.job.protocol == dataclasses.replace(quick, eps=(0.2,))
+    with pytest.raises(UserError, match="Unknown preset 'quik'.*'quick'"):
+        cli.parse(cli.find("evaluate"), ["--preset", "quik"])
+
+
+def test_bad_input(source):
+    for change, message in (
+        ({"num_images": 38}, "38 samples of a listing of 37"),
+        ({"num_images": 4, "batch_size": 12}, "divisible by 8 devices, got 12"),
+    ):
+        with pytest.raises(UserError, match=message):
+            job(source, **change).run(progress=quiet)
+    with pytest.raises(UserError, match="Unknown stage 'overlpa'"):
+        dataclasses.replace(job(source), stages=("overlpa",)).run(progress=quiet)
     for change, message in (
         ({"eps": (0.0,)}, "eps > 0"),
         ({"step_size": -1.0}, "step_size > 0"),
         ({"read_at": (0,)}, "read_at >= 1"),
         ({"num_images": 1}, "num_images >= 2"),
     ):
-        with pytest.raises(ValueError, match=message):
-            label_free.EvaluationConfig(**change)
+        with pytest.raises(UserError, match=message):
+            EvaluationConfig(**change)

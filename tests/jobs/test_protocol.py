@@ -1,4 +1,4 @@
-"""Every job keeps the same promises: killed and resumed, damaged, changed, moved, in the wrong place.
+"""Every job keeps the same promises: killed and resumed, damaged, changed, moved, divided.
 
 A job that is added stands in `SETTINGS` with tiny settings, and is tested like the others.
 """

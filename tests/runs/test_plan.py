@@ -120,17 +120,16 @@ def test_a_bucket_that_lost_a_slash_is_refused():
 def test_speed_is_that_of_stages_in_one_session(tmp_path):
     files.write_json(tmp_path / "net" / "plan.json", {})
     for name, sessions, device in (("a", 1, "x"), ("b", 1, "x"), ("c", 2, "x"), ("d", 1, "y")):
-        record = {"fingerprint": "", "finished": True, "work": 100.0, "seconds": 10.0, "sessions": sessions}
+        record = {
+            "fingerprint": "",
+            "finished": True,
+            "work": 100.0,
+            "seconds": 10.0,
+            "sessions": sessions,
+        }
         record |= {"device": device, "hosts": 1}
         files.write_json(tmp_path / "net" / f"{name}.json", record)
     assert plan.speed(tmp_path, "x") == 10.0 and plan.speed(tmp_path, "z") is None
-
-
-@pytest.fixture
-def tiny():
-    """Encoder "demo" with a network of a few hundred weights."""
-    with tiny_encoder.stands_for_demo():
-        yield
 
 
 def test_a_damaged_record_or_summary_loses_nothing(tmp_path, calls):

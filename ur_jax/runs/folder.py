@@ -7,6 +7,7 @@ finished so far) and, at the end, its tables and `summary.json`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -19,6 +20,8 @@ import numpy as np
 from ur_jax.errors import DamagedError, UserError
 from ur_jax.runs import files
 from ur_jax.runs.files import _plain, as_folder, atomic_path, read_json, write_json
+
+_CHECKSUM = "sha256"
 
 
 class OtherConfigurationError(UserError):
@@ -51,9 +54,10 @@ class Run:
         return next(n for n in itertools.count() if self.part(stage, n).name not in names)
 
     def write_part(self, stage: str, number: int, arrays: Mapping[str, Any]) -> None:
-        """Writes one finished part, atomically."""
+        """Writes one finished part, atomically, with its own SHA-256."""
+        plain = {name: np.asarray(value) for name, value in arrays.items()}
         with atomic_path(self.part(stage, number)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
+            np.savez(file, **plain, **{_CHECKSUM: np.array(_hash(plain))})
 
     def read_parts(self, stage: str) -> dict[str, np.ndarray]:
         """All finished parts of a stage, joined along the leading axis.
@@ -69,15 +73,19 @@ def read_part(path: Path) -> dict[str, np.ndarray]:
     """The arrays of one part.
 
     Raises:
-      DamagedError: for a file that is not as it was written: each array has a checksum.
+      DamagedError: for a file that is not as it was written.
     """
+    remedy = "Repeat the command that made it: the part is computed again."
     with path.open("rb") as file:
         try:
-            with np.load(file) as part:
-                return dict(part)
+            with np.load(file) as content:
+                arrays = dict(content)
         except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds
-            remedy = "Repeat the command that made it: the part is computed again."
             raise DamagedError(path, f"{type(error).__name__}: {error}", remedy) from error
+    # Checksums of a zip file's members do not tell that one of them is gone from its list.
+    if _CHECKSUM not in arrays or str(arrays.pop(_CHECKSUM)) != _hash(arrays):
+        raise DamagedError(path, "it does not have its recorded SHA-256", remedy)
+    return arrays
 
 
 def set_aside(path: Path) -> Path:
@@ -116,6 +124,15 @@ def open_run(path: str | os.PathLike, config: Any) -> Run:
             write_json(claim, config)
     _refuse_difference(path, read_json(claim), config)
     return Run(path)
+
+
+def _hash(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of named arrays."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def _refuse_difference(path: Path, old: Any, new: Any) -> None:
