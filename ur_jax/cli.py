@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import fsspec
 import jax
@@ -123,11 +123,11 @@ def find(name: str) -> Command:
 
 def job_command(job: type[Job]) -> Command:
     """The command of a job: its fields are the flags, beside where to and how."""
-    out = None if job.out_is_optional else tyro.MISSING
+    job, out = job.command(), None if job.out_is_optional else tyro.MISSING
     flags = dataclasses.make_dataclass(
         f"{job.__name__}Flags",
         [
-            ("job", tyro.conf.OmitArgPrefixes[job], dataclasses.field(default_factory=job)),
+            ("job", Annotated[job, tyro.conf.arg(name="")], dataclasses.field(default_factory=job)),
             ("out", Path | None if job.out_is_optional else Path, dataclasses.field(default=out)),
             ("preset", str, dataclasses.field(default=next(iter(job.presets), ""))),
             ("clean", Path | None, dataclasses.field(default=None)),

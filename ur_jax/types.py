@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 Array = jax.Array
 Key = jax.Array
 """A typed PRNG key, `jax.random.key(seed)`."""
 PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A curve of one encoder in a figure of the report.
+
+    Attributes:
+      figure: name of the figure (and of its files); curves of one figure share the fields below.
+      panel: heading of the panel within the figure.
+      x_label, y_label: of the axes, with units.
+      caption: what the figure shows and which direction is robust, a sentence or two.
+      x, value: (N,) points.
+      low, high: (N,) ends of the 95 % interval, if there is one.
+      kind: "line", "step" (a share as a step function) or "points".
+    """
+
+    figure: str
+    panel: str
+    x_label: str
+    y_label: str
+    caption: str
+    x: np.ndarray
+    value: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    kind: str = "line"

@@ -3,19 +3,26 @@
     certificate = certify(encoder, image, key, config=CenterConfig(bound="union"))
     certificate.eps_out
 
-Samples are drawn and counted on the devices (`sampling`); bounds are float64 on the host
-(`bounds`, `adaptive`). `center_smoothing` and `randomized_smoothing` take many images at once.
+Samples are drawn and counted on the devices (`sampling`, `sequential`); bounds are
+float64 on the host (`ur_jax.stats`). `center_smoothing` and `randomized_smoothing` take many images
+at once. `CERTIFICATES` has every kind by name; a further one is a file of its own, see `registry`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from ur_jax.certify.center import CenterCertificate, center_smoothing, eps_out_from_counts
-from ur_jax.certify.configs import CenterConfig, RandomizedConfig
+from ur_jax.certify.center import (
+    CenterCertificate,
+    CenterConfig,
+    center_smoothing,
+    eps_out_from_counts,
+)
 from ur_jax.certify.randomized import (
     Prediction,
     RadiusCertificate,
+    RandomizedConfig,
     average_certified_radius,
     certified_accuracy,
     certified_radius,
@@ -23,11 +30,14 @@ from ur_jax.certify.randomized import (
     randomized_smoothing,
     smoothed_predictions,
 )
+from ur_jax.certify.registry import CERTIFICATES, CertificateKind, kind_of
 from ur_jax.encoders.base import Encoder
 from ur_jax.probes.classifier import Classifier, check_labels, nearest_image_classifier, num_classes
 from ur_jax.types import Array, Key
 
 __all__ = [
+    "CERTIFICATES",
+    "CertificateKind",
     "CenterCertificate",
     "CenterConfig",
     "Classifier",
@@ -41,6 +51,7 @@ __all__ = [
     "certify",
     "check_labels",
     "eps_out_from_counts",
+    "kind_of",
     "lower_bound",
     "nearest_image_classifier",
     "num_classes",
@@ -54,21 +65,26 @@ def certify(
     image: Array,
     key: Key,
     *,
-    config: CenterConfig | RandomizedConfig,
+    config: Any,
     index: int = 0,
-) -> CenterCertificate | RadiusCertificate:
-    """Certifies one image; the kind of configuration says how.
+) -> Any:
+    """Certifies one image; the kind of settings says how.
 
     Args:
-      model: an encoder for a `CenterConfig`, a classifier for a `RandomizedConfig`.
+      model: an encoder for a `CenterConfig`, a classifier for a `RandomizedConfig`; for the
+        settings of another entry of `CERTIFICATES`, what that smooths.
       image: [H,W,3] float32 in [0,1].
       key: typed key of the run.
       config: the settings, which also document the guarantee.
       index: index of the image, which keys its noise.
 
     Returns:
-      The certificate.
+      The certificate: a `CenterCertificate`, a `RadiusCertificate`, or what that entry makes.
+
+    Raises:
+      UserError: for a model that cannot be certified so, or settings of no certificate.
     """
-    run = center_smoothing if isinstance(config, CenterConfig) else randomized_smoothing
-    [(_, certificate)] = run(model, image[None], key, config=config, indices=[index])
+    kind = CERTIFICATES[kind_of(config)]
+    found = kind.certify(model, image[None], key, config=config, indices=[index])
+    [(_, certificate)] = found
     return certificate

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import jax
-import numpy as np
 import tyro
 from jax.sharding import Mesh
 
@@ -38,6 +37,7 @@ from ur_jax.probes.classifier import Classifier
 from ur_jax.registry import Registry
 from ur_jax.runs import Run, lock
 from ur_jax.runs.summary import Summary
+from ur_jax.types import Curve
 
 EncoderLike = Encoder | str
 ImagesLike = ImageSource | str
@@ -67,32 +67,6 @@ class Session:
     progress: Progress = quiet
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """A curve of one encoder in a figure of the report.
-
-    Attributes:
-      figure: name of the figure (and of its files); curves of one figure share the fields below.
-      panel: heading of the panel within the figure.
-      x_label, y_label: of the axes, with units.
-      caption: what the figure shows and which direction is robust, a sentence or two.
-      x, value: (N,) points.
-      low, high: (N,) ends of the 95 % interval, if there is one.
-      kind: "line", "step" (a share as a step function) or "points".
-    """
-
-    figure: str
-    panel: str
-    x_label: str
-    y_label: str
-    caption: str
-    x: np.ndarray
-    value: np.ndarray
-    low: np.ndarray | None = None
-    high: np.ndarray | None = None
-    kind: str = "line"
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(abc.ABC):
     """One computation on one encoder; the docstrings below are the help of its flags."""
@@ -119,6 +93,11 @@ class Job(abc.ABC):
     """paper, backbone, projection or another output of the network."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+
+    @classmethod
+    def command(cls) -> type[Self]:
+        """The class whose fields are the command's flags: this one, unless flags are registered."""
+        return cls
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -47,14 +47,57 @@ def watched(iterable: Iterable[Any], description: str, total: int) -> Iterator[A
 
 
 @contextlib.contextmanager
-def counter(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Gives update(completed, text) of a progress bar; a line a minute where nobody watches."""
+def counted(
+    progress: Progress, description: str, total: int
+) -> Iterator[Callable[[int, str], None]]:
+    """Gives update(completed, text) for what is no passing on of items; the text has the time left.
+
+    `watched` shows both, and ends with the text where nobody watches; any other progress is handed
+    as many items as are completed.
+    """
+    if progress is not watched:
+        items = iter(progress(range(total), description, total))
+        passed = 0
+
+        def pass_on(completed: int, text: str) -> None:
+            nonlocal passed
+            for _ in range(completed - passed):
+                next(items, None)
+            passed = max(passed, completed)
+
+        yield pass_on
+        next(items, None)  # the last item's bar is drawn when the next one is asked for
+        return
+    last = ""
+    with counter(description, total, time_left=False) as show:
+
+        def update(completed: int, text: str) -> None:
+            nonlocal last
+            last = f"{description}: {completed}/{total}, {text}"
+            show(completed, text)
+
+        yield update
+    if last and not (console.is_terminal or console.is_jupyter):
+        console.print(last, highlight=False)
+
+
+@contextlib.contextmanager
+def counter(
+    description: str, total: int, *, time_left: bool = True
+) -> Iterator[Callable[[int, str], None]]:
+    """Gives update(completed, text) of a progress bar; a line a minute where nobody watches.
+
+    Args:
+      description: what is counted.
+      total: how many there will be.
+      time_left: show what is left at the pace so far; the text may tell it better.
+    """
     if console.is_jupyter:
-        yield _notebook_line(description, total)
+        yield _notebook_line(description, total, time_left)
         return
     shown = time.monotonic()
     with RichProgress(
-        *_columns(),
+        *_columns()[: None if time_left else -1],
         TextColumn("{task.fields[text]}"),
         console=console,
         disable=not console.is_terminal,
@@ -71,7 +114,7 @@ def counter(description: str, total: int) -> Iterator[Callable[[int, str], None]
         yield update
 
 
-def _notebook_line(description: str, total: int) -> Callable[[int, str], None]:
+def _notebook_line(description: str, total: int, time_left: bool) -> Callable[[int, str], None]:
     """A line of a notebook's output that is written anew: no widget has to be installed for it."""
     from IPython.display import display
 
@@ -81,7 +124,8 @@ def _notebook_line(description: str, total: int) -> Callable[[int, str], None]:
     def update(completed: int, text: str) -> None:
         seconds = time.monotonic() - start
         left = seconds / max(completed, 1) * (total - completed)
-        line = f"{description}: {completed}/{total}, {seconds:.0f} s, {left:.0f} s left {text}"
+        line = f"{description}: {completed}/{total}, {seconds:.0f} s, "
+        line += f"{left:.0f} s left {text}" if time_left else text
         handle.update({"text/plain": line}, raw=True)
 
     return update

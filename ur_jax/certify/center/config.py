@@ -1,4 +1,4 @@
-"""Settings of both certificates, refused before any sampling where they can never succeed."""
+"""Settings of center smoothing, refused before any sampling where they can never succeed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from scipy import stats
 
 from ur_jax.certify.enclosing import smallest_n0
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.stats.bounds import (
-    accepting_count,
     check_level,
     check_positive,
     check_probability,
@@ -20,8 +18,7 @@ from ur_jax.stats.bounds import (
     order_statistic_rank,
 )
 
-CENTER_BOUNDS = ("exact", "hoeffding", "union", "betting")
-RANDOMIZED_BOUNDS = ("exact", "union", "betting")
+BOUNDS = ("exact", "hoeffding", "union", "betting")
 METRICS = ("l1", "l2", "linf")
 APPROXIMATION = 2.0
 """The enclosing ball found has at most this many times the smallest radius."""
@@ -72,8 +69,8 @@ class CenterConfig:
         check_probability("alpha2", self.alpha2)
         if not 0.0 < self.delta < 0.5:
             raise UserError(f"Expected delta in (0, 0.5), got {self.delta}; the paper has 0.05.")
-        if self.bound not in CENTER_BOUNDS:
-            raise unknown_name("bound", self.bound, CENTER_BOUNDS)
+        if self.bound not in BOUNDS:
+            raise unknown_name("bound", self.bound, BOUNDS)
         if self.divergence not in METRICS:
             raise UserError(
                 f"Expected a divergence that is a metric ({', '.join(METRICS)}), got "
@@ -115,60 +112,3 @@ class CenterConfig:
                 f"Expected n0 >= {needed} for a center at delta {self.delta:g} and alpha1 "
                 f"{self.alpha1:g}, got {self.n0}. Use n0 = {needed} or more, or a larger delta."
             )
-
-
-@dataclass(frozen=True)
-class RandomizedConfig:
-    """Settings of randomized smoothing; the defaults are the paper's.
-
-    Attributes:
-      sigma: standard deviation of the noise in pixel units, > 0.
-      n0: samples that select the class, >= 1.
-      n: samples of the test; the cap where it is adaptive.
-      alpha: failure probability of a certificate, in (0,1). See `randomized_smoothing`.
-      bound: "exact" draws all n samples and bounds by Clopper-Pearson; "union" and "betting" stop
-        as soon as the answer is clear, by the confidence sequence of that name.
-      radii: l2 radii to decide, in pixel units. An adaptive test stops once all are decided.
-      tolerance: without radii, an adaptive test stops once the certified radius is within this of
-        what is still in reach, in pixel units; sigma / 10 by default.
-      clip: whether noisy images are clipped to [0,1], as the reference does.
-      step: samples between two decisions of one image.
-    """
-
-    sigma: float = 0.25
-    n0: int = 100
-    n: int = 100_000
-    alpha: float = 0.001
-    bound: Literal["exact", "union", "betting"] = "exact"
-    radii: tuple[float, ...] = ()
-    tolerance: float | None = None
-    clip: bool = True
-    step: int = 128
-
-    def __post_init__(self):
-        check_positive("sigma", self.sigma)
-        check_probability("alpha", self.alpha)
-        for name in ("n0", "n", "step"):
-            check_positive(name, getattr(self, name))
-        if self.bound not in RANDOMIZED_BOUNDS:
-            raise unknown_name("bound", self.bound, RANDOMIZED_BOUNDS)
-        if any(not 0 <= r < math.inf for r in self.radii):
-            raise UserError(f"Expected finite radii >= 0 in pixel units, got {self.radii}.")
-        if self.tolerance is not None:
-            check_positive("tolerance", self.tolerance)
-        share = self.alpha if self.bound == "exact" else self.alpha / 2
-        for radius in self.radii or (0.0,):
-            level = float(stats.norm.cdf(radius / self.sigma))
-            check_level(level, f"radius {radius:g}", self.sigma)
-            if int(accepting_count(self.n, level, share)) > self.n:
-                needed = math.ceil(math.log(share) / math.log(level))
-                raise UserError(
-                    f"Expected n >= {needed} to certify radius {radius:g} at sigma {self.sigma:g} "
-                    f"and alpha {self.alpha:g}, got {self.n}: not even {self.n} successes would "
-                    f"do. Use n = {needed} or more, or smaller radii."
-                )
-
-    @property
-    def levels(self) -> np.ndarray:
-        """Probability of the class that makes each radius robust, [J]."""
-        return stats.norm.cdf(np.asarray(self.radii) / self.sigma)

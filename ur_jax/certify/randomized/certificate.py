@@ -1,0 +1,130 @@
+"""The certificate of randomized smoothing, and what follows from its count."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from ur_jax.certify.randomized.config import RandomizedConfig
+from ur_jax.certify.sequential import Outcome, num_selection_pieces
+from ur_jax.stats.bounds import ConfidenceSequence, clopper_pearson_lower, confidence_sequence
+
+
+class RadiusCertificate(NamedTuple):
+    """Certificate of one image by randomized smoothing.
+
+    Attributes:
+      predicted: the class selected by the first n0 samples; certified unless `abstained`.
+      abstained: whether nothing is certified.
+      reason: why, or "".
+      radius: certified l2 radius in pixel units; 0 where it abstained.
+      decisions: one of "robust", "not robust", "undecided" for each of the configured radii.
+        "not robust" is a statement about the smoothed classifier or, at the cap, out of reach.
+      lower: lower confidence bound of the probability of the class.
+      count: samples of the test that gave the class.
+      n: samples of the test that were drawn.
+      num_drawn: all samples drawn.
+      num_bad: samples whose logits are not finite.
+    """
+
+    predicted: int
+    abstained: bool
+    reason: str
+    radius: float
+    decisions: tuple[str, ...]
+    lower: float
+    count: int
+    n: int
+    num_drawn: int
+    num_bad: int
+
+
+def make_certificate(outcome: Outcome, config: RandomizedConfig) -> RadiusCertificate:
+    """The certificate from an image's counts."""
+    top, verdicts = outcome.answer
+    pieces = outcome.pieces - num_selection_pieces(config)
+    n = min(max(pieces, 0) * config.step, config.n)
+    count = int(outcome.counts[top]) if pieces > 0 else 0
+    lower = lower_bound(count, n, config) if n else 0.0
+    reason = ""
+    if outcome.num_bad:
+        lower, reason = 0.0, "logits not finite"
+    elif lower <= 0.5:
+        reason = "no class clearly has the majority"
+    radius = certified_radius(lower, config.sigma)
+    if config.bound == "exact" or reason == "logits not finite":
+        words = ["robust" if lower > 0.5 and lower >= p else "undecided" for p in config.levels]
+    else:
+        words = [{1: "robust", -1: "not robust", 0: "undecided"}[int(v)] for v in verdicts]
+        words = words if config.radii else []
+    # A radius that is decided while the bound has moved back stays decided: see the guarantee.
+    robust = [r for r, word in zip(config.radii, words) if word == "robust"]
+    radius = max([radius, *robust])
+    return RadiusCertificate(
+        predicted=int(top),
+        abstained=not (lower > 0.5 or robust),
+        reason="" if robust else reason,
+        radius=radius,
+        decisions=tuple(words),
+        lower=lower,
+        count=count,
+        n=n,
+        num_drawn=config.n0 + n,
+        num_bad=outcome.num_bad,
+    )
+
+
+def lower_bound(count: int, n: int, config: RandomizedConfig) -> float:
+    """Returns the lower bound of the class probability after n samples of the test.
+
+    With another `config.alpha` than at sampling, this derives the certificate anew: a fixed bound
+    and a confidence sequence hold for each alpha that is chosen without looking at the counts.
+    """
+    if config.bound == "exact":
+        return float(clopper_pearson_lower(count, n, config.alpha))
+    return float(sequence(config).lower(count, n))
+
+
+def certified_radius(lower: float, sigma: float) -> float:
+    """Returns sigma Phi^-1(lower), the l2 radius; 0 unless lower > 1/2 (Cohen et al., eq. 3)."""
+    return float(sigma * stats.norm.ppf(lower)) if lower > 0.5 else 0.0
+
+
+def sequence(config: RandomizedConfig) -> ConfidenceSequence:
+    """The confidence sequence of an adaptive configuration."""
+    return confidence_sequence(config.bound, alpha=config.alpha, n_max=config.n, step=config.step)
+
+
+def certified_accuracy(radius: np.ndarray, correct: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Fraction of images that are correct and certified at each radius.
+
+    Args:
+      radius: [N] certified radii, 0 where it abstained.
+      correct: [N] bool, not abstained and the label predicted.
+      radii: [J] radii to evaluate at.
+
+    Returns:
+      [J] float64. At radius 0 an image has to be correct and not abstained.
+    """
+    radius, correct = np.asarray(radius), np.asarray(correct, bool)
+    return (correct[:, None] & (radius[:, None] >= np.asarray(radii))).mean(axis=0)
+
+
+def average_certified_radius(
+    radius: np.ndarray, correct: np.ndarray, *, only_correct: bool = False
+) -> float:
+    """Mean certified radius, in pixel units.
+
+    Args:
+      radius: [N] certified radii, 0 where it abstained.
+      correct: [N] bool, not abstained and the label predicted.
+      only_correct: False is MACER's definition, where an incorrect image counts 0; True is what the
+        published code computes, the mean over correct images only (0 if there is none).
+
+    Reference: Zhai et al., MACER (2020), equation for ACR.
+    """
+    correct = np.asarray(correct, bool)
+    total = float(np.where(correct, radius, 0.0).sum())
+    return total / max(int(correct.sum()) if only_correct else correct.size, 1)

@@ -1,0 +1,72 @@
+"""Settings of randomized smoothing, refused before any sampling where they can never succeed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from ur_jax.errors import UserError, unknown_name
+from ur_jax.stats.bounds import accepting_count, check_level, check_positive, check_probability
+
+BOUNDS = ("exact", "union", "betting")
+
+
+@dataclass(frozen=True)
+class RandomizedConfig:
+    """Settings of randomized smoothing; the defaults are the paper's.
+
+    Attributes:
+      sigma: standard deviation of the noise in pixel units, > 0.
+      n0: samples that select the class, >= 1.
+      n: samples of the test; the cap where it is adaptive.
+      alpha: failure probability of a certificate, in (0,1). See `randomized_smoothing`.
+      bound: "exact" draws all n samples and bounds by Clopper-Pearson; "union" and "betting" stop
+        as soon as the answer is clear, by the confidence sequence of that name.
+      radii: l2 radii to decide, in pixel units. An adaptive test stops once all are decided.
+      tolerance: without radii, an adaptive test stops once the certified radius is within this of
+        what is still in reach, in pixel units; sigma / 10 by default.
+      clip: whether noisy images are clipped to [0,1], as the reference does.
+      step: samples between two decisions of one image.
+    """
+
+    sigma: float = 0.25
+    n0: int = 100
+    n: int = 100_000
+    alpha: float = 0.001
+    bound: Literal["exact", "union", "betting"] = "exact"
+    radii: tuple[float, ...] = ()
+    tolerance: float | None = None
+    clip: bool = True
+    step: int = 128
+
+    def __post_init__(self):
+        check_positive("sigma", self.sigma)
+        check_probability("alpha", self.alpha)
+        for name in ("n0", "n", "step"):
+            check_positive(name, getattr(self, name))
+        if self.bound not in BOUNDS:
+            raise unknown_name("bound", self.bound, BOUNDS)
+        if any(not 0 <= r < math.inf for r in self.radii):
+            raise UserError(f"Expected finite radii >= 0 in pixel units, got {self.radii}.")
+        if self.tolerance is not None:
+            check_positive("tolerance", self.tolerance)
+        share = self.alpha if self.bound == "exact" else self.alpha / 2
+        for radius in self.radii or (0.0,):
+            level = float(stats.norm.cdf(radius / self.sigma))
+            check_level(level, f"radius {radius:g}", self.sigma)
+            if int(accepting_count(self.n, level, share)) > self.n:
+                needed = math.ceil(math.log(share) / math.log(level))
+                raise UserError(
+                    f"Expected n >= {needed} to certify radius {radius:g} at sigma {self.sigma:g} "
+                    f"and alpha {self.alpha:g}, got {self.n}: not even {self.n} successes would "
+                    f"do. Use n = {needed} or more, or smaller radii."
+                )
+
+    @property
+    def levels(self) -> np.ndarray:
+        """Probability of the class that makes each radius robust, [J]."""
+        return stats.norm.cdf(np.asarray(self.radii) / self.sigma)
