@@ -234,13 +234,14 @@ def _named_rule(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
     """Takes a name of what a notebook may give itself: an encoder, images, a probe."""
-    metavar = {EncoderLike: "ENCODER", ImagesLike: "IMAGES", ProbeLike: "PROBE"}.get(info.type)
-    if metavar is None:
+    metavars = {EncoderLike: "ENCODER", ImagesLike: "IMAGES", ProbeLike: "PROBE"}
+    metavars |= {kind | None: metavar for kind, metavar in metavars.items()}
+    if info.type not in metavars:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar=metavar,
+        metavar=metavars[info.type],
         instance_from_str=lambda texts: texts[0],
-        is_instance=lambda value: isinstance(value, str),
-        str_from_instance=lambda value: [value],
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [str(value)],
     )

@@ -11,8 +11,9 @@ import pytest
 from scipy import stats
 
 from ur_jax.certify import Classifier, RandomizedConfig, randomized_smoothing
-from ur_jax.certify.randomized import _Classes, _tables
-from ur_jax.certify.sampling import Rows, advance, noisy_samples, sample_outputs, stream
+from ur_jax.certify.randomized.smoothing import _Classes, _tables
+from ur_jax.certify.sampling import noisy_samples, sample_outputs
+from ur_jax.certify.sequential import Rows, advance, stream
 from ur_jax.devices import data_mesh
 from ur_jax.encoders import from_fn
 

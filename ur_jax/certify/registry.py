@@ -49,7 +49,7 @@ def _no_curves(columns: Columns) -> Iterator[Curve]:
     yield from ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class CertificateKind:
     """One way of certifying, as `CERTIFICATES` has it.
 

@@ -213,7 +213,10 @@ class Certify(Job):
         from ur_jax.report import plots  # needs matplotlib, of the extra "report"
 
         columns = runs.read_table(session.run.path / "certificates.parquet")
-        plots.plot_curves(session.run.path / "curves.png", list(self._kind.curves(columns)))
+        curves = list(self._kind.curves(columns))
+        if curves:
+            panels = [(curve.x, curve.value, curve.x_label) for curve in curves]
+            plots._plot_fractions(session.run.path / "curves.png", panels, curves[0].y_label)
 
     @classmethod
     def curves(
