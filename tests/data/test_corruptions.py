@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zlib
 
@@ -10,40 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_rules
+from given_images import Given, make_encoder
 from PIL import Image
 
 from ur_jax.certify.sampling import noisy_samples
 from ur_jax.data import ProbeViews, ViewConfig, corruptions, image_batches, prepare
-from ur_jax.data.probe_views import random_box, random_view
-from ur_jax.data.sources import Example, ImageSource
-from ur_jax.encoders import from_fn
+from ur_jax.data.probe_views import CropConfig, random_box, random_view
 from ur_jax.training import views as augment
-
-
-def mean_colour(params, images):
-    return images.mean((1, 2)) * params
-
-
-def make_encoder(input_size, preparation="resize"):
-    return from_fn(mean_colour, jnp.ones(3), input_size=input_size, preparation=preparation)
-
-
-class Given(ImageSource):
-    """Images in memory."""
-
-    spec, class_names = "given", ("a", "b")
-
-    def __init__(self, *images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def name(self, index):
-        return f"image {index}"
-
-    def __getitem__(self, index):
-        return Example(Image.fromarray(self.images[index]), 0, self.name(index))
 
 
 @pytest.mark.parametrize("name", ["0", "1", "blocks"])
@@ -139,7 +113,7 @@ def test_random_crops_have_the_reference_statistics(golden_dir):
     rng, n = np.random.default_rng(0), 4000
     for height, width in ((64, 64), (375, 500)):
         name = next(k for k in stored if "0.08" in k and f"{height}x{width}" in k)
-        boxes = np.array([random_box(rng, height, width, augment.PROBE) for _ in range(n)])
+        boxes = np.array([random_box(rng, height, width, CropConfig()) for _ in range(n)])
         top, left, h, w = boxes.T
         assert (top >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
         quantities = {
@@ -155,9 +129,15 @@ def test_random_crops_have_the_reference_statistics(golden_dir):
             assert values.std() == pytest.approx(spread["value"], rel=0.05)
 
 
+def test_a_probes_crops_are_those_of_training():
+    """Drawn here by NumPy on the host and there by JAX on the device, from one distribution."""
+    for field in dataclasses.fields(CropConfig):
+        assert getattr(CropConfig(), field.name) == getattr(augment.PROBE, field.name)
+
+
 def test_views_flip_half_and_fall_back_to_the_centre():
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
-    whole = augment.AugmentConfig(size=(4, 4), area=(1.0, 1.0), aspect=(1.0, 1.0))
+    whole = CropConfig(area=(1.0, 1.0), aspect=(1.0, 1.0))
     flipped = 0
     for seed in range(200):
         view = np.asarray(random_view(image, np.random.default_rng(seed), (4, 4), whole))
@@ -166,7 +146,7 @@ def test_views_flip_half_and_fall_back_to_the_centre():
         flipped += not is_same
     assert 70 < flipped < 130  # 4 standard deviations
     # No box of area 1 and ratio 3/4 to 4/3 fits into 10 x 40.
-    wide = augment.AugmentConfig(area=(1.0, 1.0))
+    wide = CropConfig(area=(1.0, 1.0))
     assert random_box(np.random.default_rng(0), 10, 40, wide) == (0, 13, 10, 13)
 
 

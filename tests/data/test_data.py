@@ -162,7 +162,7 @@ def folder(tmp_path):
     encoded = io.BytesIO()
     Image.fromarray(synthetic(0, 64, 64)).save(encoded, "PNG")
     (tmp_path / "b" / "broken.png").write_bytes(encoded.getvalue()[:500] + b"?" * 500)
-    (tmp_path / "b" / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "b" / "page.png").write_text("<html>not found</html>")
     return tmp_path
 
 
@@ -174,7 +174,7 @@ LISTING = [
     "a/text.jpg",
     "a-x/cmyk.tif",
     "b/broken.png",
-    "b/dangling.png",
+    "b/page.png",
     "b/palette.png",
     "b/truncated.jpg",
     "b/deep/er/0.bmp",
@@ -183,7 +183,7 @@ UNREADABLE = {
     "a/empty.jpg",
     "a/text.jpg",
     "b/broken.png",
-    "b/dangling.png",
+    "b/page.png",
     "b/truncated.jpg",
 }
 
@@ -385,9 +385,10 @@ def test_tfds_in_a_format_without_random_access(tiny_cifar, tmp_path):
     ("tfds:huggingface:mnist/test", "Malformed"),
     ("folder:", "Malformed"),
     ("demo:cats", "Malformed"),
-    ("foldr:photos", "'foldr:photos'; did you mean 'folder:PATH'"),
-    ("./photos", "Unknown image spec './photos'.*folder:PATH"),
-    ("", "Unknown image spec ''"),
+    ("foldr:photos", "'foldr'; did you mean 'folder'.*demo, folder, tfds.*'foldr:photos'"),
+    ("./photos", "Unknown kind of images './photos'.*as in folder:./photos"),
+    ("~", "Unknown kind of images '~'.*write folder:~"),
+    ("", "Unknown kind of images ''"),
 ])  # fmt: skip
 def test_bad_specs_fail_at_once_and_say_what_to_do(tiny_cifar, spec, message):
     began = time.perf_counter()

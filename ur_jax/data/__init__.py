@@ -11,11 +11,6 @@ Pixels are decoded and resized by Pillow alone, on uint8, and divided by 255 at 
 they are the same bytes on every machine. Nothing here downloads anything.
 """
 
-from __future__ import annotations
-
-import os
-import re
-
 from ur_jax.data.batches import (
     DecodedImages,
     ImageBatch,
@@ -25,6 +20,9 @@ from ur_jax.data.batches import (
     image_batches_uint8,
     load_uint8,
 )
+from ur_jax.data.corruptions import CORRUPTIONS, Corruption, ViewConfig, corruption
+from ur_jax.data.demo import DemoSource
+from ur_jax.data.folder import FolderSource
 from ur_jax.data.pixels import (
     PREPARATIONS,
     central_crop,
@@ -34,14 +32,16 @@ from ur_jax.data.pixels import (
     resize_shorter,
 )
 from ur_jax.data.prepared import TfdsSource
-from ur_jax.data.probe_views import PROBE_KINDS, ProbeViews, ViewConfig
+from ur_jax.data.probe_views import ProbeViews
+from ur_jax.data.reading import StorageError
 from ur_jax.data.shuffled import ShuffledImages
-from ur_jax.data.sources import DemoSource, Example, FolderSource, ImageSource
-from ur_jax.errors import UserError, unknown_name
+from ur_jax.data.sources import SOURCES, Example, ImageSource, open_images
 
 __all__ = [
-    "PROBE_KINDS",
+    "CORRUPTIONS",
     "PREPARATIONS",
+    "SOURCES",
+    "Corruption",
     "DecodedImages",
     "DemoSource",
     "Example",
@@ -50,10 +50,12 @@ __all__ = [
     "ImageSource",
     "ProbeViews",
     "ShuffledImages",
+    "StorageError",
     "TfdsSource",
     "Unreadable",
     "ViewConfig",
     "central_crop",
+    "corruption",
     "evenly_spaced",
     "image_batches",
     "image_batches_uint8",
@@ -64,36 +66,3 @@ __all__ = [
     "resize_crop",
     "resize_shorter",
 ]
-
-
-def open_images(spec: str, *, data_dir: str | os.PathLike[str] | None = None) -> ImageSource:
-    """Opens the images that a spec string names.
-
-    Args:
-      spec: `tfds:NAME/SPLIT` (NAME may carry a config and version, SPLIT a slice such as
-        `train[:10%]`), `folder:PATH`, or `demo`.
-      data_dir: for `tfds:` only, where data sets are prepared, or one prepared directory itself;
-        by default the environment variable TFDS_DATA_DIR, then tensorflow-datasets' own place.
-
-    Returns:
-      The source; reading from it never touches the network.
-
-    Raises:
-      ValueError: for a malformed spec, an unknown data set or split, a data set that is not
-        prepared, a missing folder or one without images.
-    """
-    scheme, _, rest = spec.partition(":")
-    if spec == "demo":
-        return DemoSource()
-    if scheme == "folder" and rest:
-        return FolderSource(rest)
-    if scheme == "tfds":
-        match = re.fullmatch(r"(\w+(?:/[\w.+-]+)?(?::[\d.*]+)?)/([^/]+)", rest)
-        if match:
-            return TfdsSource(*match.groups(), data_dir=data_dir)
-    if scheme not in ("demo", "folder", "tfds"):
-        raise unknown_name("image spec", spec, ("tfds:NAME/SPLIT", "folder:PATH", "demo"))
-    raise UserError(
-        f"Malformed image spec {spec!r}: expected tfds:NAME/SPLIT (as in tfds:cifar10/test), "
-        "folder:PATH (as in folder:./photos) or demo."
-    )

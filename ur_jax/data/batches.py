@@ -12,7 +12,8 @@ import numpy as np
 from absl import flags
 
 from ur_jax.data.pixels import PREPARATIONS, prepare
-from ur_jax.data.sources import ImageSource
+from ur_jax.data.reading import StorageError
+from ur_jax.data.sources import ImageSource, read
 from ur_jax.errors import UserError, unknown_name
 
 
@@ -96,8 +97,9 @@ def image_batches(
 ) -> Iterator[ImageBatch]:
     """Loads images in the order of `indices`, every batch of the same static shape.
 
-    The last batch is padded by repeating its last image. An image that cannot be read is masked
-    out, warned of and listed in its batch; it never stops the iteration.
+    The last batch is padded by repeating its last image. An image whose content does not decode is
+    masked out, warned of and listed in its batch; it never stops the iteration. Storage that does
+    not answer does, once that was tried a few times.
 
     Args:
       source: from `open_images`.
@@ -113,7 +115,8 @@ def image_batches(
       An iterator of ceil(N / B) - start batches, the same for every `num_workers`.
 
     Raises:
-      ValueError: at once, for an argument out of its range.
+      UserError: at once, for an argument out of its range.
+      StorageError: while iterating, if an image cannot be read though tried again.
     """
     batches = image_batches_uint8(
         source, indices, input_size=input_size, preparation=preparation,
@@ -195,30 +198,32 @@ class _Batches:
     def __len__(self) -> int:
         return -(-len(self._indices) // self._batch_size) - self._start
 
-    def __getitem__(self, number: int) -> ImageBatch:
+    def __getitem__(self, index: int) -> ImageBatch:
         size = self._batch_size
-        first = (self._start + number) * size
+        first = (self._start + index) * size
         chosen = self._indices[first : first + size]
         # Grey where unreadable: a zero image can have a zero representation, whose cosine is NaN.
         images = np.full((size, *self._input_size, 3), 128, np.uint8)
         labels = np.full(size, -1, np.int32)
         mask = np.zeros(size, bool)
         unreadable = []
-        for row, index in enumerate(map(int, chosen)):
+        for row, image in enumerate(map(int, chosen)):
             try:
-                example = self._source[index]
+                example = read(self._source, image)
                 images[row] = prepare(
                     example.pixels, input_size=self._input_size, preparation=self._preparation
                 )
+            except (StorageError, MemoryError):
+                raise  # says nothing about the image
             except Exception as error:  # Pillow alone raises a dozen kinds for damaged files
                 reason = f"{type(error).__name__}: {error}"
-                unreadable.append(Unreadable(self._source.name(index), reason))
+                unreadable.append(Unreadable(self._source.name(image), reason))
             else:
                 labels[row], mask[row] = example.label, True
         last = len(chosen) - 1
         images[last + 1 :], labels[last + 1 :] = images[last], labels[last]
         padded = np.concatenate([chosen, np.repeat(chosen[-1:], size - len(chosen))])
-        names = [self._source.name(int(index)) for index in padded]
+        names = [self._source.name(image) for image in padded.tolist()]
         return ImageBatch(images, labels, padded, names, mask, unreadable)
 
 

@@ -1,5 +1,11 @@
 """Corruptions of 8-bit images that the probes train and are tested on: low-pass, Gaussian noise.
 
+One of one's own is one file, `--plugin inverted.py --kind inverted`:
+
+    @corruption("inverted")
+    def inverted(view, rng, config):
+        return 255 - view
+
 In float64 on the host, so that the bytes are those of the reference pipeline. The noise of a
 certificate is another: floating point, at the encoder's input size, see
 `ur_jax.certify.sampling.noisy_samples`.
@@ -7,7 +13,95 @@ certificate is another: floating point, at the encoder's input size, see
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable
+
 import numpy as np
+
+from ur_jax.errors import UserError, unknown_name
+from ur_jax.registry import Registry
+
+_PAPER_SIZE = 224
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewConfig:
+    """The images of a probe; the defaults are the paper's.
+
+    Attributes:
+      kind: "standard", "noisy" (Gaussian noise), "low_pass" (a disc of frequencies), or another of
+        `CORRUPTIONS`.
+      sigma: of the noise, on the scale [0,1], > 0.
+      radius: of the disc at 224 pixels, > 0; it scales with the height of other sizes.
+      augment: train on random crops and flips rather than on the images as a test sees them.
+
+    Raises:
+      UserError: for an unknown kind or a value out of range.
+    """
+
+    kind: str = "standard"
+    sigma: float = 0.25
+    radius: float = 50.0
+    augment: bool = True
+
+    def __post_init__(self):
+        if self.kind not in CORRUPTIONS:
+            raise unknown_name(CORRUPTIONS.kind, self.kind, CORRUPTIONS)
+        for field in ("sigma", "radius"):
+            if not 0.0 < getattr(self, field) < math.inf:
+                raise UserError(f"Expected {field} > 0, got {getattr(self, field)}.")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a training image is another one each time it is drawn."""
+        return self.augment or CORRUPTIONS[self.kind].is_random
+
+
+@dataclasses.dataclass(frozen=True)
+class Corruption:
+    """What befalls the images of a probe.
+
+    Attributes:
+      apply: a view (H,W,3) uint8, the generator of all that is random about it, and the settings ->
+        (H,W,3) uint8.
+      is_random: whether it draws from the generator.
+    """
+
+    apply: Callable[[np.ndarray, np.random.Generator, ViewConfig], np.ndarray]
+    is_random: bool = False
+
+
+CORRUPTIONS: Registry[Corruption] = Registry("kind of probe", "ur_jax.corruptions")
+"""Every kind of images that a probe can be trained and tested on."""
+
+
+def corruption(name: str, *, is_random: bool = False):
+    """Decorates what a `Corruption` applies, and adds it to `CORRUPTIONS`."""
+
+    def add(apply):
+        CORRUPTIONS.register(name, Corruption(apply, is_random))
+        return apply
+
+    return add
+
+
+@corruption("standard")
+def _standard(view: np.ndarray, rng: np.random.Generator, config: ViewConfig) -> np.ndarray:
+    """The view as it is."""
+    return view
+
+
+@corruption("noisy", is_random=True)
+def _noisy(view: np.ndarray, rng: np.random.Generator, config: ViewConfig) -> np.ndarray:
+    """The view with Gaussian noise of `sigma`."""
+    return add_noise(view, rng, sigma=config.sigma)
+
+
+@corruption("low_pass")
+def _low_pass(view: np.ndarray, rng: np.random.Generator, config: ViewConfig) -> np.ndarray:
+    """The view without frequencies beyond `radius`, which is in proportion to its height."""
+    return low_pass(view, radius=config.radius * view.shape[0] / _PAPER_SIZE)
 
 
 def low_pass(image: np.ndarray, *, radius: float) -> np.ndarray:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import functools
+import hashlib
 import io
 import os
 import re
@@ -12,9 +15,22 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from ur_jax.data.identity import hash_files
 from ur_jax.data.pixels import decode
-from ur_jax.data.sources import Example, ImageSource
+from ur_jax.data.sources import SOURCES, Example, ImageSource
 from ur_jax.errors import UserError, unknown_name
+
+
+@SOURCES.register("tfds")
+def open_prepared(place: str, *, data_dir: str | os.PathLike[str] | None = None) -> TfdsSource:
+    """Opens NAME/SPLIT, see `open_images`."""
+    match = re.fullmatch(r"(\w+(?:/[\w.+-]+)?(?::[\d.*]+)?)/([^/]+)", place)
+    if not match:
+        raise UserError(
+            f"Malformed image spec 'tfds:{place}': expected tfds:NAME/SPLIT, as in "
+            "tfds:cifar10/test."
+        )
+    return TfdsSource(match[1], match[2], data_dir=data_dir)
 
 
 class TfdsSource(ImageSource):
@@ -27,16 +43,17 @@ class TfdsSource(ImageSource):
     def __init__(self, name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None):
         self.spec = f"tfds:{name}/{split}"
         builder = _prepared_builder(self.spec, name, data_dir)
-        features = builder.info.features
+        features: dict[str, Any] = dict(builder.info.features or {})  # type: ignore[arg-type]
         images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
         labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
-        self._image = _only(images, "image")
+        image = _only(images, "image")
         self._label = _only(labels, "label")
-        if self._image is None:
+        if image is None:
             raise UserError(
                 f"{self.spec!r}: expected a data set with an image feature 'image', found features "
                 f"{', '.join(features)}; choose an image classification data set."
             )
+        self._image = image
         for part in split.split("+"):
             base = part.partition("[")[0].strip()
             if base not in (*builder.info.splits, "all"):
@@ -56,7 +73,8 @@ class TfdsSource(ImageSource):
             )
         try:
             self._records = builder.as_data_source(
-                split, decoders={key: tfds.decode.SkipDecoding() for key in images}
+                split,
+                decoders={key: tfds.decode.SkipDecoding() for key in images},  # type: ignore
             )
         except NotImplementedError as error:
             raise UserError(
@@ -66,6 +84,8 @@ class TfdsSource(ImageSource):
             ) from error
         self._prefix = f"{builder.info.full_name}/{split}"
         self.class_names = tuple(features[self._label].names or ()) if self._label else ()
+        self._folder = os.fspath(builder.data_dir)
+        self._files = sorted(path.name for path in subset.filepaths)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -74,16 +94,32 @@ class TfdsSource(ImageSource):
         return f"{self._prefix}/{index:07d}"
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
+        record = self._record(index)
         pixels = decode(io.BytesIO(record[self._image]))
         return Example(pixels, self._label_of(record), self.name(index))
 
     def label(self, index: int) -> int:
-        return self._label_of(self._records[index])
+        return self._label_of(self._record(index))
+
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """16 hex digits over data set, version, split, classes and the bytes of its files."""
+        files = hash_files(self._folder, self._files, key=self._prefix)
+        described = repr((self._prefix, self.class_names, self._image, self._label, files))
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+    def _record(self, index: int) -> Mapping[str, Any]:
+        """One record; its file that cannot be read is a fault of the storage, not of an image."""
+        try:
+            return self._records[index]
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
     def _label_of(self, record: Mapping[str, Any]) -> int:
         """The label in a record, -1 for none."""
-        return int(record[self._label]) if self._label else -1
+        return -1 if self._label is None else int(record[self._label])
 
 
 def _prepared_builder(spec: str, name: str, data_dir: str | os.PathLike[str] | None):

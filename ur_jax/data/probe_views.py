@@ -7,49 +7,35 @@ order and the bytes of the reference pipeline.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import math
 
 import numpy as np
 from PIL import Image
 
-from ur_jax.data import corruptions
+from ur_jax.data.corruptions import CORRUPTIONS, ViewConfig
 from ur_jax.data.pixels import prepare, resize
 from ur_jax.data.sources import Example, ImageSource
 from ur_jax.encoders.base import Encoder
-from ur_jax.errors import UserError, unknown_name
-from ur_jax.training import views as augment
-
-PROBE_KINDS = ("standard", "noisy", "low_pass")
 
 _PAPER_SIZE = 224
 _NUM_ATTEMPTS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class ViewConfig:
-    """The images of a probe; the defaults are the paper's.
+class CropConfig:
+    """The distribution of a random crop; the defaults are the paper's for probes.
 
     Attributes:
-      kind: "standard", "noisy" (Gaussian noise) or "low_pass" (a disc of frequencies).
-      sigma: of the noise, on the scale [0,1], > 0.
-      radius: of the disc at 224 pixels, > 0; it scales with the height of other sizes.
-      augment: train on random crops and flips rather than on the images as a test sees them.
-
-    Raises:
-      ValueError: for an unknown kind or a value out of range.
+      area: range of the cropped fraction of the image's area, in (0, 1].
+      aspect: range of the crop's width / height, log-uniform, > 0.
+      flip_probability: how often left and right are exchanged.
     """
 
-    kind: str = "standard"
-    sigma: float = 0.25
-    radius: float = 50.0
-    augment: bool = True
-
-    def __post_init__(self):
-        if self.kind not in PROBE_KINDS:
-            raise unknown_name("kind of probe", self.kind, PROBE_KINDS)
-        for field in ("sigma", "radius"):
-            if not 0.0 < getattr(self, field) < math.inf:
-                raise UserError(f"Expected {field} > 0, got {getattr(self, field)}.")
+    area: tuple[float, float] = (0.08, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_probability: float = 0.5
 
 
 class ProbeViews(ImageSource):
@@ -89,7 +75,7 @@ class ProbeViews(ImageSource):
         """
         self.spec, self.class_names = source.spec, source.class_names
         is_paper = encoder.input_size[0] == _PAPER_SIZE
-        self.size = (_PAPER_SIZE,) * 2 if is_paper else encoder.input_size
+        self.size = (_PAPER_SIZE, _PAPER_SIZE) if is_paper else encoder.input_size
         self.preparation = encoder.preparation if is_paper else "resize"
         self._whole = "resize_crop" if is_paper else encoder.preparation
         self._source, self._config, self._random = source, config, random
@@ -113,23 +99,22 @@ class ProbeViews(ImageSource):
             view = Image.fromarray(
                 prepare(example.pixels, input_size=self.size, preparation=self._whole)
             )
-        return example._replace(pixels=Image.fromarray(self._corrupt(np.asarray(view), rng)))
+        corrupted = CORRUPTIONS[self._config.kind].apply(np.asarray(view), rng, self._config)
+        return example._replace(pixels=Image.fromarray(corrupted))
 
-    def _corrupt(self, view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The view with its noise, or low-pass filtered."""
-        if self._config.kind == "noisy":
-            return corruptions.add_noise(view, rng, sigma=self._config.sigma)
-        if self._config.kind == "low_pass":
-            radius = self._config.radius * self.size[0] / _PAPER_SIZE
-            return corruptions.low_pass(view, radius=radius)
-        return view
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """16 hex digits over the source's content and what is done to it."""
+        settings = dataclasses.astuple(self._config), self._random, self._key, self.size
+        described = repr((self._source.content_hash, settings, self._whole))
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def random_view(
     image: Image.Image,
     rng: np.random.Generator,
     size: tuple[int, int],
-    config: augment.AugmentConfig = augment.PROBE,
+    config: CropConfig = CropConfig(),
 ) -> Image.Image:
     """Cuts out a random box, resizes it to size = (H, W) and flips it by chance.
 
@@ -137,7 +122,7 @@ def random_view(
       image: an RGB image of any size.
       rng: draws the box and the flip.
       size: of the view.
-      config: area, aspect ratio and flip probability; no colour operation is applied.
+      config: distribution of the box and the flip.
     """
     top, left, height, width = random_box(rng, image.height, image.width, config)
     view = resize(image.crop((left, top, left + width, top + height)), size)
@@ -146,9 +131,9 @@ def random_view(
 
 
 def random_box(
-    rng: np.random.Generator, height: int, width: int, config: augment.AugmentConfig
+    rng: np.random.Generator, height: int, width: int, config: CropConfig
 ) -> tuple[int, int, int, int]:
-    """Draws (top, left, height, width) of a box, in pixels, as `augment.sample_view` does.
+    """Draws (top, left, height, width) of a box, in pixels, as `training.views` does.
 
     An area fraction and a logarithmic aspect ratio are uniform in their ranges; the first of ten
     boxes that fits is placed uniformly, else the largest central one with a ratio in range taken.

@@ -1,34 +1,28 @@
-"""Where images come from: the source interface, folders, and the demo photographs."""
+"""Where images come from: the interface of a source, and the table of what a spec can begin with.
+
+A source of one's own is a subclass of `ImageSource`, given to a job as it is; or, for the command
+line, one file that registers what opens it:
+
+    @SOURCES.register("squares")                      # --plugin squares.py --images squares:100
+    def open_squares(place: str) -> ImageSource: ...  # gets the text behind the colon
+"""
 
 from __future__ import annotations
 
 import abc
 import functools
 import hashlib
+import inspect
 import os
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
-import skimage
+import numpy as np
 from PIL import Image
 
-from ur_jax.data.pixels import decode
-from ur_jax.errors import UserError
-
-# The files that torchvision's ImageFolder lists, so that the paper's subsets are ours.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-_DEMO_PHOTOGRAPHS = {
-    "astronaut": "astronaut.png",
-    "cat": "chelsea.png",
-    "coffee": "coffee.png",
-    "galaxies": "hubble_deep_field.jpg",
-    "motorcycle": "motorcycle_left.png",
-    "retina": "retina.jpg",
-    "rocket": "rocket.jpg",
-    "tissue": "ihc.png",
-}
-_DEMO_CROPS = 64  # of each photograph
+from ur_jax.data.reading import StorageError, retried
+from ur_jax.errors import UserError, unknown_name
+from ur_jax.registry import Registry
 
 
 class Example(NamedTuple):
@@ -42,8 +36,9 @@ class Example(NamedTuple):
 class ImageSource(abc.ABC):
     """A listing of images with random access; one's own subclass works everywhere a spec does.
 
-    A subclass must pickle (workers get a copy) and may raise anything from `__getitem__`: such an
-    image counts as unreadable.
+    A subclass must pickle (workers get a copy). `__getitem__` may raise anything: the image counts
+    as unreadable. An `OSError` with an `errno` alone, which speaks of the storage and not of the
+    image, is tried again and then stops the run.
 
     Attributes:
       spec: the spec string that opens it.
@@ -77,103 +72,64 @@ class ImageSource(abc.ABC):
             digest.update(self.name(index).encode("utf-8", "surrogateescape") + b"\0")
         return digest.hexdigest()[:16]
 
-    @property
+    @functools.cached_property
     def content_hash(self) -> str:
-        """What identifies the images in a record."""
-        return self.listing_hash
+        """What identifies the images in a record: 16 hex digits, equal for equal images anywhere.
+
+        Here over the name, label, size and pixels of every image, which decodes all of them: a
+        subclass of many images overrides this by what is known of them more cheaply.
+        """
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for index in range(len(self)):
+            digest.update(self.name(index).encode("utf-8", "surrogateescape") + b"\0")
+            try:
+                pixels, label, _ = read(self, index)
+            except (StorageError, MemoryError):
+                raise
+            except Exception as error:  # unreadable, as it is in batches
+                digest.update(type(error).__name__.encode() + b"\0")
+            else:
+                digest.update(f"{label} {pixels.size}".encode() + np.asarray(pixels).tobytes())
+        return digest.hexdigest()[:16]
 
 
-class FolderSource(ImageSource):
-    """Every image file under a folder, at any depth; first-level sub-folders are the classes.
+SOURCES: Registry[Callable[..., ImageSource]] = Registry("kind of images", "ur_jax.sources")
+"""What opens images, by what stands before the colon of a spec; it gets what stands behind."""
 
-    Sorted by class, then folder, then file name. An image outside any sub-folder has label -1.
+
+def open_images(spec: str, *, data_dir: str | os.PathLike[str] | None = None) -> ImageSource:
+    """Opens the images that a spec string names.
+
+    Args:
+      spec: `tfds:NAME/SPLIT` (NAME may carry a config and version, SPLIT a slice such as
+        `train[:10%]`), `folder:PATH`, `demo`, or KIND:PLACE of another kind in `SOURCES`.
+      data_dir: for `tfds:` only, where data sets are prepared, or one prepared directory itself;
+        by default the environment variable TFDS_DATA_DIR, then tensorflow-datasets' own place.
+
+    Returns:
+      The source; those that ship never touch the network.
+
+    Raises:
+      UserError: for a malformed spec, an unknown data set or split, a data set that is not
+        prepared, a missing folder or one without images.
     """
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.spec = f"folder:{path}"
-        self._root = Path(path).expanduser()
-        if not self._root.is_dir():
-            raise UserError(
-                f"{self.spec!r}: expected an existing folder, found "
-                f"{'a file' if self._root.exists() else 'nothing'} at {self._root.absolute()}; "
-                "give the folder that holds the images or their class folders."
-            )
-        names = []
-        for folder, _, files in os.walk(self._root, followlinks=True):
-            relative = Path(folder).relative_to(self._root).as_posix()
-            prefix = "" if relative == "." else f"{relative}/"
-            names += [prefix + file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-        if not names:
-            raise UserError(
-                f"{self.spec!r}: expected image files ({', '.join(IMAGE_SUFFIXES)}) under "
-                f"{self._root.absolute()}, found none; check the path."
-            )
-        self._names = sorted(names, key=lambda n: (_first_level(n), *n.rpartition("/")[::2]))
-        self.class_names = tuple(sorted({_first_level(n) for n in names} - {""}))
-        self._labels = {name: label for label, name in enumerate(self.class_names)}
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        return self._names[index]
-
-    def __getitem__(self, index: int) -> Example:
-        name = self._names[index]
-        with open(self._root / name, "rb") as file:
-            return Example(decode(file), self.label(index), name)
-
-    def label(self, index: int) -> int:
-        return self._labels.get(_first_level(self._names[index]), -1)
+    if not isinstance(spec, str):
+        raise UserError(f"Expected an image spec such as 'folder:./photos', got {spec!r}.")
+    kind, _, place = spec.partition(":")
+    if kind not in SOURCES:
+        folder = os.path.expanduser(spec)
+        hint = f"write folder:{spec}" if spec and os.path.isdir(folder) else "as in folder:./photos"
+        raise UserError(f"{unknown_name(SOURCES.kind, kind, SOURCES)} In {spec!r}: {hint}.")
+    opened = SOURCES[kind]
+    takes_folder = data_dir is not None and "data_dir" in inspect.signature(opened).parameters
+    return opened(place, data_dir=data_dir) if takes_folder else opened(place)
 
 
-class DemoSource(ImageSource):
-    """512 crops of eight photographs that scikit-image carries inside its own package.
+def read(source: ImageSource, index: int) -> Example:
+    """Reads one image, again if its storage reports a fault.
 
-    The eight are all its colour photographs of distinct scenes: a portrait, a cat, a cup, a
-    motorcycle (of the stereo pair only the left), a rocket, a star field, an eye's retina and a
-    stained tissue. Grey pictures, drawings, scanned text and test patterns are left out. Each gives
-    64 square crops of 1/4 to 3/4 of its shorter side, so crops differ, though crops of one
-    photograph may overlap; its label is the photograph. Boxes follow a low-discrepancy sequence.
-
-    Reference: M. Roberts, "The Unreasonable Effectiveness of Quasirandom Sequences" (2018), R3.
+    Raises:
+      StorageError: if that does not pass.
+      Exception: whatever else the source raises, of an image that does not decode.
     """
-
-    spec = "demo"
-    class_names = tuple(_DEMO_PHOTOGRAPHS)
-
-    def __len__(self) -> int:
-        return _DEMO_CROPS * len(_DEMO_PHOTOGRAPHS)
-
-    def name(self, index: int) -> str:
-        return f"{self.class_names[index // _DEMO_CROPS]}/{index % _DEMO_CROPS:02d}"
-
-    def label(self, index: int) -> int:
-        return index // _DEMO_CROPS
-
-    def __getitem__(self, index: int) -> Example:
-        label, crop = divmod(index, _DEMO_CROPS)
-        photograph = _photograph(self.class_names[label])
-        # Additive recurrence: the reciprocal powers of the root of x^4 = x + 1, modulo 1.
-        u, v, w = (
-            (0.5 + (crop + 1) * step) % 1.0
-            for step in (0.8191725133961645, 0.6710436067037893, 0.5497004779019703)
-        )
-        side = int(min(photograph.size) * (0.25 + 0.5 * u))
-        left = int((photograph.width - side + 1) * v)
-        top = int((photograph.height - side + 1) * w)
-        box = (left, top, left + side, top + side)
-        return Example(photograph.crop(box), label, self.name(index))
-
-
-def _first_level(name: str) -> str:
-    """Returns the first folder of a relative path, or "" for a file outside any."""
-    return name.partition("/")[0] if "/" in name else ""
-
-
-@functools.cache
-def _photograph(name: str) -> Image.Image:
-    """Returns a demo photograph, decoded once per process (17 MB for all)."""
-    path = Path(skimage.__file__).parent / "data" / _DEMO_PHOTOGRAPHS[name]
-    with open(path, "rb") as file:
-        return decode(file)
+    return retried(lambda: source[index], f"{source.name(index)} of {source.spec!r}")
