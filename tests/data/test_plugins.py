@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import jax
 import numpy as np
@@ -52,26 +53,27 @@ def plugin(tmp_path):
     path = tmp_path / "kinds_of_images_for_a_test.py"
     path.write_text(PLUGIN)
     yield path
+    sys.modules.pop(path.stem, None)
     for kinds, name in ((data.SOURCES, "test-noise"), (data.CORRUPTIONS, "test-inverted")):
         kinds._items.pop(name, None)
 
 
 def test_a_source_from_a_file_works_on_the_command_line(plugin, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", jax.device_count)  # as many devices as there are already
-    tiny_encoder.save(tmp_path / "encoder")
     words = [
-        "--encoder", tmp_path / "encoder", "--images", "test-noise:12", "--stages", "attacks",
-        "--num-images", "4", "--num-distribution", "None", "--batch-size", "8",
-        "--eps", "0.05", "--read-at", "1", "--out", tmp_path / "out",
+        "--encoder", tmp_path / "encoder", "--images", "test-noise:12", "--stages", "distances",
+        "--num-images", "4", "--batch-size", "8", "--out", tmp_path / "out",
     ]  # fmt: skip
     words = [str(word) for word in words]
-    assert cli.run("evaluate", words) == 2  # not known without the plugin
-    assert "'test-noise'" in capfd.readouterr().out
-    assert cli.run("evaluate", [*words, "--plugin", str(plugin)]) == 0
+    with tiny_encoder.stands_for_demo():
+        tiny_encoder.save(tmp_path / "encoder")
+        assert cli.run("evaluate", words) == 2  # not known without the plugin
+        assert "'test-noise'" in capfd.readouterr().out
+        assert cli.run("evaluate", [*words, "--plugin", str(plugin)]) == 0
+        assert cli.run("evaluate", [*words, "--plugin", str(plugin)]) == 0  # known already
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert "test-noise:12" in summary["title"] and summary["rows"]
     assert summary["identity"]["images"] == data.open_images("test-noise:12").content_hash
-    assert cli.run("evaluate", [*words, "--plugin", str(plugin)]) == 0  # known already
 
 
 def test_a_corruption_from_a_file_is_a_kind_of_view(plugin):

@@ -110,8 +110,7 @@ def _encoded_draws(job: Probe, session: Session) -> list[tuple[np.ndarray, np.nd
         classes = labels.labels_of(source, batch.labels, batch.mask, batch.names)
         return {"features": parts.encode(encoder, images), "label": classes}
 
-    is_random = job.views.augment or job.views.kind == "noisy"
-    num_draws = min(job.num_draws, job.training.num_epochs) if is_random else 1
+    num_draws = min(job.num_draws, job.training.num_epochs) if job.views.is_random else 1
     draws = []
     for draw in range(num_draws):
         name, title = f"train_{draw}", f"training images, draw {draw + 1} of {num_draws}"
