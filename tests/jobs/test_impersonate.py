@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
-import impersonate
-import interrupted
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,11 +11,11 @@ import pytest
 from PIL import Image
 
 import ur_jax
-from ur_jax.attacks import AttackConfig, u_pgd
 from ur_jax.encoders import from_fn
 from ur_jax.jobs import impersonate as impersonation
-from ur_jax.jobs import probe as probing
-from ur_jax.jobs.impersonate import ImpersonationConfig, make_group
+from ur_jax.jobs.impersonate import Impersonate, ImpersonationConfig, make_group
+from ur_jax.jobs.progress import quiet
+from ur_jax.probes.checkpoint import load_probe, save_probe
 
 SIZE = (4, 4)
 ULP = 2.0**-23
@@ -30,10 +26,7 @@ def mean_brightness(params, images):
     return images.mean((1, 2, 3))[:, None] * params
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    return from_fn(mean_brightness, jnp.ones(1), input_size=SIZE, name="brightness")
-
+ENCODER = from_fn(mean_brightness, jnp.ones(1), input_size=SIZE, name="brightness")
 
 # Brightness of each image. The probe calls an image a dog above 1/2.
 LEVELS = {"Cat": [70, 100, 112, 120, 180], "Dog": [60, 140, 145, 150, 200], "fish": [10, 240]}
@@ -50,29 +43,24 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture
-def config(encoder, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(ur_jax, "load_encoder", lambda *args, **kwargs: encoder)
+def job(photos, tmp_path):
     trained = {
         "kernel": np.array([[1.0, -1.0]], np.float32), "bias": np.array([-0.5, 0.5], np.float32)
     }  # fmt: skip
-    metadata = {"class_names": ["dog", "cat"]}
-    probing.save_probe(tmp_path / "probe", trained, encoder, metadata)
+    save_probe(tmp_path / "probe", trained, ENCODER, {"class_names": ["dog", "cat"]})
     # Twice eps in ten steps: from anywhere in the ball to its end.
     attack = ImpersonationConfig(eps=0.1, step_size=0.02, read_at=(1, 4, 12), batch_size=8)
-    return impersonate.Config(
-        encoder="brightness", probe=str(tmp_path / "probe"), images=photos,
-        out=tmp_path / "out", attack=attack,
-    )  # fmt: skip
+    return Impersonate(encoder=ENCODER, probe=str(tmp_path / "probe"), images=photos, attack=attack)
 
 
 def rows_of(out):
     return pq.read_table(out / "impersonations.parquet").to_pylist()
 
 
-def test_success_where_eps_suffices(config, tmp_path):
+def test_success_where_eps_suffices(job, tmp_path):
     """Exactly the correct images within eps of 1/2 pass at the end, whatever their target."""
-    impersonate.main(config)
-    rows = rows_of(config.out)
+    summary = job.run(tmp_path / "out", progress=quiet)
+    rows = rows_of(tmp_path / "out")
     ends = {row["name"]: row for row in rows if row["step"] == 12}
     correct = {"Cat": [70, 100, 112, 120], "Dog": [140, 145, 150, 200]}
     expected = {}
@@ -96,71 +84,80 @@ def test_success_where_eps_suffices(config, tmp_path):
         left = max(abs(target - own) - 0.1, 0.0)
         assert left - 1e-5 <= row["distance"] <= left + 0.02 + 1e-5  # it may step over the target
 
-    summary = json.loads((config.out / "summary.json").read_text())
-    found = {(m["images"], m["step"]): m for m in summary["metrics"]}
+    found = {(row.images, row.step): row for row in summary.rows}
     assert len(found) == 9
-    assert (found["both", 12]["value"], found["both", 12]["n"]) == (5 / 8, 8)
-    assert found["cat -> dog", 12]["n"] == 4
-    assert summary["clean_accuracy"]["cat"]["value"] == 4 / 5
-    assert Image.open(config.out / "impersonations.png").size[0] > 300
+    assert {(row.metric, row.eps) for row in summary.rows} == {("impersonation_success", 0.1)}
+    assert (found["both", 12].value, found["both", 12].n) == (5 / 8, 8)
+    assert found["cat -> dog", 12].n == 4
+    assert summary.details["clean_accuracy"]["cat"]["value"] == 4 / 5
+    assert Image.open(tmp_path / "out" / "impersonations.png").size[0] > 300
+    first, second = Impersonate.remarks(summary)
+    assert first.startswith("cat: the probe classifies 80.0% of 5 clean images correctly")
+
+    # A probe in memory is the same job; other weights are another.
+    live = dataclasses.replace(job, probe=load_probe(job.probe, ENCODER))
+    assert live.run(progress=quiet).identity == summary.identity
+    assert "probe" in summary.identity["requires"]
+    changed = dataclasses.replace(live, probe=live.probe.replace(bias=live.probe.bias + 1))
+    with pytest.raises(ValueError, match="requires.probe"):
+        changed.run(tmp_path / "out", progress=quiet)
 
 
-def test_killed_and_resumed_and_bad_settings(config, tmp_path, monkeypatch):
-    impersonate.main(config)
-    killed = dataclasses.replace(config, out=tmp_path / "killed")
-    for count in (1, 2):
-        with monkeypatch.context() as patch:
-            patch.setattr(impersonate.command, "progress", interrupted.stop_after(count))
-            with pytest.raises(KeyboardInterrupt):
-                impersonate.main(killed)
-    impersonate.main(killed)
-    for name in ("summary.json", "impersonations.parquet"):
-        assert (config.out / name).read_bytes() == (killed.out / name).read_bytes()
+def test_planned_before_the_probe_is_there_and_refused_until_then(job, tmp_path):
+    early = dataclasses.replace(job, probe=str(tmp_path / "later")).opened()
+    assert early.request == job.opened().request
+    with pytest.raises(ValueError, match="no probe at .*later"):
+        early.run(tmp_path / "out", progress=quiet)
+    with pytest.raises(ValueError, match="Expected a probe"):
+        Impersonate(encoder=ENCODER, images=job.images).run()
+    assert not (tmp_path / "out").exists()
 
-    fewer = dataclasses.replace(config.attack, num_images=2)
-    changed = dataclasses.replace(config, attack=fewer, out=tmp_path / "fewer")
-    impersonate.main(changed)
-    assert len(rows_of(changed.out)) == 2 * 2 * 3
+
+def test_the_probe_reads_another_output_of_the_network(tmp_path):
+    """Attacked is the head's output; the probe sees the backbone's."""
+    demo = ur_jax.load_encoder("demo", representation="backbone")
+    trained = {"kernel": np.zeros((demo.dimension, 2), np.float32), "bias": np.zeros(2, np.float32)}
+    save_probe(tmp_path / "probe", trained, demo, {"class_names": ["a", "b"]})
+    job = Impersonate(
+        encoder="demo", images="demo", probe=str(tmp_path / "probe"), representation="projection"
+    ).opened()
+    assert job.model.representation == "projection" and job.model.dimension == 128
+    assert job.classifier.encoder.dimension == demo.dimension
+    wrong = dataclasses.replace(
+        job, probe=str(tmp_path / "probe"), probe_representation="projection"
+    )
+    with pytest.raises(ValueError, match="reads the representation 'backbone'"):
+        wrong.opened()
+
+
+def test_bad_settings(job, tmp_path):
+    fewer = dataclasses.replace(job.attack, num_images=2)
+    dataclasses.replace(job, attack=fewer).run(tmp_path / "fewer", progress=quiet)
+    assert len(rows_of(tmp_path / "fewer")) == 2 * 2 * 3
     for change, message in (
         ({"first": ("cats",)}, "Unknown class of the images 'cats'; did you mean 'Cat'"),
         ({"first": ("fish",)}, "Unknown class of the probe 'fish'"),
+        ({"first": ("fish",), "class_map": ("fish=cat",), "second": ("cat",)}, "common class"),
+        ({"class_map": ("fsh=cat",)}, "in the class map 'fsh'; did you mean 'fish'"),
         ({"first": ("dog",)}, "without a common class"),
         ({"first_range": (1, 2)}, "0 to 1 for cat, got 1 and 2"),
         ({"attack": dataclasses.replace(fewer, batch_size=3)}, "divisible by 8"),
         ({"first_range": (2, 1)}, "got 2 and 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            impersonate.main(dataclasses.replace(config, out=tmp_path / "bad", **change))
+            dataclasses.replace(job, **change).run(tmp_path / "bad", progress=quiet)
     assert not (tmp_path / "bad").exists()
 
 
-def test_the_moving_ball_exceeds_eps_and_ours_is_one_u_pgd(encoder):
-    rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.uniform(0.4, 0.6, (2, *SIZE, 3)).astype(np.float32))
-    keys = jax.random.split(jax.random.key(0), 2)
-    target = jnp.array([[0.9], [0.1]])
-    settings = ImpersonationConfig(eps=0.1, step_size=0.03, read_at=(2, 3, 10))
-    reads = list(impersonation.attack(encoder, images, keys, target, config=settings))
-    whole = u_pgd(
-        encoder, images, keys, target=target,
-        config=AttackConfig(eps=0.1, step_size=0.03, num_steps=10),
-    )  # fmt: skip
-    np.testing.assert_allclose(reads[-1], whole.images, atol=ULP)
-    # Distances before a step of the one run are those of the readings.
-    for step, attacked in zip(settings.read_at[:2], reads):
-        left = np.abs(encoder(attacked) - target)[:, 0]
-        np.testing.assert_allclose(left, whole.history.dist_l2[:, step], atol=1e-6)
-        assert np.abs(attacked - images).max() <= 0.1 + ULP
-    moving = dataclasses.replace(settings, moving_ball=True)
-    reads = list(impersonation.attack(encoder, images, keys, target, config=moving))
-    assert np.abs(reads[0] - images).max() <= 0.1 + ULP
-    assert np.abs(reads[2] - images).max() > 0.11
-    for before, after in zip(reads, reads[1:]):
-        assert np.abs(after - before).max() <= 0.1 + ULP
+def test_classes_that_the_probe_calls_otherwise(job, tmp_path):
+    """Fish count as cats: the darker one is classified right, the brighter one is not."""
+    job = dataclasses.replace(job, first=("fish",), class_map=("fish=cat",))
+    summary = job.run(progress=quiet)
+    assert summary.details["clean_accuracy"]["fish"]["value"] == 1 / 2
 
 
 def test_imagenets_groups_are_ranges_of_the_probe():
-    preset = impersonate.PRESETS["imagenet"]
+    preset = Impersonate.presets["imagenet"]
     folders = ("Cat", "Dog")
     cat = make_group(preset.first, folders, (), preset.first_range)
     dog = make_group(preset.second, folders, (), preset.second_range)
@@ -172,6 +169,3 @@ def test_imagenets_groups_are_ranges_of_the_probe():
         impersonation.check_groups((cat, dog), 100)
     with pytest.raises(ValueError, match="at least one class name"):
         make_group((), folders, folders)
-    for read_at in ((), (0, 1), (3, 3)):
-        with pytest.raises(ValueError, match="increasing read_at"):
-            ImpersonationConfig(read_at=read_at)

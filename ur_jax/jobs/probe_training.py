@@ -44,7 +44,8 @@ def train(job: Probe, session: Session) -> tuple[dict[str, np.ndarray], History]
       UserError: for an image without a label, or a loss that is not finite.
     """
     key = jax.random.key(job.seed)
-    state = linear.init_state(key, job.model.dimension, len(job.source().class_names))
+    num_classes = len(job.source().class_names)
+    state = linear.init_state(key, job.model.dimension, num_classes, config=job.training)
     state, history = (_on_features if job.cached else _on_images)(job, session, state)
     return linear.finish(state, config=job.training), history
 

@@ -65,8 +65,21 @@ class ProbeConfig:
             raise UserError(f"Expected momentum in [0,1), got {self.momentum}.")
 
     def learning_rate_at(self, epoch: int) -> float:
-        """The learning rate of an epoch, counted from 0."""
+        """The learning rate of an epoch, counted from 0.
+
+        A plain number, which the history records; `optax.piecewise_constant_schedule` would compute
+        it in float32 on a device.
+        """
         return self.learning_rate * self.decay ** sum(epoch >= m for m in self.milestones)
+
+    def optimizer(self, learning_rate: Array) -> optax.GradientTransformation:
+        """SGD with momentum at a rate that is an argument of the compiled step.
+
+            v <- momentum v + grad,   p <- p - learning_rate v
+        """
+        return optax.chain(
+            optax.trace(decay=self.momentum), optax.scale_by_learning_rate(learning_rate)
+        )
 
 
 class ProbeState(NamedTuple):
@@ -74,12 +87,12 @@ class ProbeState(NamedTuple):
 
     Attributes:
       params: {"kernel": (D,K), "bias": (K,)} float32.
-      velocity: of SGD, like `params`.
+      optimizer: of SGD, its velocity.
       mean, var: running statistics of the features (D,); used with `batch_norm` only.
     """
 
     params: dict[str, Array]
-    velocity: dict[str, Array]
+    optimizer: optax.OptState
     mean: Array
     var: Array
 
@@ -92,13 +105,14 @@ class Totals(NamedTuple):
     count: Array
 
 
-def init_state(key: Key, dimension: int, num_classes: int) -> ProbeState:
+def init_state(key: Key, dimension: int, num_classes: int, *, config: ProbeConfig) -> ProbeState:
     """Returns an untrained probe: weights N(0, 0.01^2), biases 0.
 
     Args:
       key: draws the weights.
       dimension: D, of the features.
       num_classes: K, at least 2.
+      config: of the training.
 
     Raises:
       ValueError: for fewer than two classes.
@@ -107,9 +121,8 @@ def init_state(key: Key, dimension: int, num_classes: int) -> ProbeState:
         raise UserError(f"Expected at least 2 classes, got {num_classes}; give labelled images.")
     kernel = 0.01 * jax.random.normal(key, (dimension, num_classes))
     params = {"kernel": kernel, "bias": jnp.zeros(num_classes)}
-    return ProbeState(
-        params, jax.tree.map(jnp.zeros_like, params), jnp.zeros(dimension), jnp.ones(dimension)
-    )
+    optimizer = config.optimizer(jnp.zeros(())).init(params)
+    return ProbeState(params, optimizer, jnp.zeros(dimension), jnp.ones(dimension))
 
 
 def train_step(
@@ -121,11 +134,9 @@ def train_step(
     *,
     config: ProbeConfig,
 ) -> tuple[ProbeState, Totals]:
-    """One step on a batch; pure, to be called inside `jit`.
+    """One step of SGD on a batch; pure, to be called inside `jit`.
 
-        v <- momentum v + grad,   p <- p - learning_rate v
-
-    with the gradient of the mean cross-entropy over the images that `mask` keeps.
+    The gradient is that of the mean cross-entropy over the images that `mask` keeps.
 
     Args:
       state: before the step.
@@ -157,9 +168,9 @@ def train_step(
         return share @ losses, (weights @ losses, logits)
 
     grads, (loss, logits) = jax.grad(mean_loss, has_aux=True)(state.params)
-    velocity = jax.tree.map(lambda v, g: config.momentum * v + g, state.velocity, grads)
-    params = jax.tree.map(lambda p, v: p - learning_rate * v, state.params, velocity)
-    stepped = ProbeState(params, velocity, mean, var)
+    updates, optimizer = config.optimizer(learning_rate).update(grads, state.optimizer)
+    params = optax.apply_updates(state.params, updates)
+    stepped = ProbeState(params, optimizer, mean, var)
     stepped = jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), stepped, state)
     correct = weights @ (logits.argmax(-1) == labels).astype(jnp.float32)
     return stepped, Totals(loss, correct, count)
