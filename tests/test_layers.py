@@ -11,7 +11,7 @@ import ur_jax
 
 ROOT = pathlib.Path(ur_jax.__file__).parent
 LAYERS = (
-    ("types", "errors", "registry"),
+    ("types", "errors", "registry", "checks"),
     ("stats",),
     ("devices", "distances"),
     ("metrics",),

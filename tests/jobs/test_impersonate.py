@@ -139,6 +139,7 @@ def test_bad_settings(job, tmp_path):
         ({"first": ("fish",)}, "Unknown class of the probe 'fish'"),
         ({"first": ("fish",), "class_map": ("fish=cat",), "second": ("cat",)}, "common class"),
         ({"class_map": ("fsh=cat",)}, "in the class map 'fsh'; did you mean 'fish'"),
+        ({"class_map": ("fish=ca",)}, "Unknown class of the probe 'ca'"),
         ({"first": ("dog",)}, "without a common class"),
         ({"first_range": (1, 2)}, "0 to 1 for cat, got 1 and 2"),
         ({"attack": dataclasses.replace(fewer, batch_size=3)}, "divisible by 8"),

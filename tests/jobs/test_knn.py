@@ -96,9 +96,9 @@ def test_classes_are_compared_by_name(sets, tmp_path):
 def test_bad_settings_are_said_before_anything_is_read(sets, tmp_path):
     job = Knn(encoder=ENCODER, images=sets[0], test_images=sets[1], k=5, batch_size=8)
     for change, message in (
-        ({"k": 0}, r"k in \[1, 30\].* got 0"),
-        ({"k": 31}, r"k in \[1, 30\].* got 31"),
-        ({"num_images": 0}, "num_images >= 1, got 0"),
+        ({"k": 0}, "k >= 1, got 0"),
+        ({"k": 31}, "k <= 30, the voting images, got 31"),
+        ({"num_images": 0}, "num_images >= 1, or none, got 0"),
         ({"num_test_images": 19}, "19 samples of a listing of 18"),
         ({"batch_size": 9}, "divisible by 8"),
         ({"images": "demo", "k": 1}, "Unknown class of the voting images 'bright'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,8 +80,14 @@ def test_epochs_agree_with_a_numpy_twin(batch_norm):
 def test_the_papers_schedule_and_bad_settings():
     rates = [ProbeConfig().learning_rate_at(epoch) for epoch in (0, 14, 15, 19, 20, 24)]
     np.testing.assert_allclose(rates, [30, 30, 3, 3, 0.3, 0.3])
-    for change in ({"num_epochs": 0}, {"learning_rate": 0.0}, {"momentum": 1.0}, {"decay": -1.0}):
-        with pytest.raises(ValueError, match="Expected"):
+    for change in (
+        *({"num_epochs": n} for n in (0, 2.5)),
+        *({"learning_rate": rate} for rate in (0.0, math.nan, math.inf)),
+        *({"momentum": m} for m in (1.0, -0.1, math.nan)),
+        {"decay": -1.0},
+        *({"milestones": m} for m in ((3, 2), (2, 2), (-1, 2))),
+    ):
+        with pytest.raises(ValueError, match=f"Expected.* {next(iter(change))}.* got"):
             ProbeConfig(**change)
     with pytest.raises(ValueError, match="2 classes"):
         linear.init_state(jax.random.key(0), 3, 1, config=ProbeConfig())

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ur_jax.attacks import AttackConfig, random_start, u_pgd
+from ur_jax.checks import check_whole
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError
 from ur_jax.types import Array
@@ -49,10 +50,9 @@ class ImpersonationConfig:
         steps = (0, *self.read_at)
         if not self.read_at or any(b <= a for a, b in zip(steps, steps[1:])):
             raise UserError(f"Expected increasing read_at, from 1 on, got {self.read_at}.")
-        for field in ("num_images", "batch_size"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UserError(f"Expected {field} >= 1, got {value}.")
+        check_whole(self, "num_images", optional=True)
+        check_whole(self, "batch_size")
+        check_whole(self, "seed", least=0)
         self.one_step()
 
     def one_step(self) -> AttackConfig:

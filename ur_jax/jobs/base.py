@@ -245,14 +245,15 @@ class Job(abc.ABC):
         with contextlib.ExitStack() as stack:
             folder = out or stack.enter_context(tempfile.TemporaryDirectory())
             path = runs.as_folder(folder)
-            if out is not None:
-                stack.enter_context(lock.held(path))
-            with hosts.before_merge():
+            with hosts.before_merge():  # bad input makes no folder
                 mesh = devices.data_mesh()
                 claim = path / "config.json"
                 begun = runs.read_json(claim) if claim.exists() else {}
                 job = self.opened().settled(begun, mesh)
                 job.check(mesh)
+            if out is not None:
+                stack.enter_context(lock.held(path))
+            with hosts.before_merge():
                 session = Session(
                     runs.open_run(path, job.identity), bank,
                     jax.process_index(), jax.process_count(), mesh, num_workers, progress,

@@ -84,6 +84,9 @@ class Impersonate(Job):
     """What the probe reads; --representation is what is attacked."""
     attack: tyro.conf.OmitArgPrefixes[ImpersonationConfig] = ImpersonationConfig()
 
+    def __post_init__(self):
+        labels.parse_map(self.class_map)
+
     @property
     def requires(self) -> dict[str, str]:
         return {} if isinstance(self.probe, str) else identified(self.classifier)
@@ -112,6 +115,10 @@ class Impersonate(Job):
     def check(self, mesh: Mesh) -> None:
         if isinstance(self.probe, str):
             raise NotFoundError(f"There is no probe at {self.probe}; check the path, or train one.")
+        theirs, ours = self.source().class_names, self.classifier.class_names
+        for name, other in labels.parse_map(self.class_map).items():
+            labels.find_class("class of the images in the class map", name, theirs)
+            labels.find_class("class of the probe", other, ours)
         check_groups(self.groups, self.classifier.bias.shape[0])
         for place in (0, 1):
             self._members(place)

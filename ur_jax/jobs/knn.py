@@ -19,6 +19,7 @@ import tyro
 from jax.sharding import Mesh
 
 from ur_jax import devices, metrics
+from ur_jax.checks import check_whole
 from ur_jax.data import evenly_spaced, labels
 from ur_jax.errors import UserError
 from ur_jax.jobs import parts
@@ -52,6 +53,11 @@ class Knn(Job):
     representation: str = "backbone"
     """paper, backbone, projection or another output of the network."""
 
+    def __post_init__(self):
+        check_whole(self, "num_images", "num_test_images", optional=True)
+        check_whole(self, "k", "batch_size")
+        labels.parse_map(self.class_map)
+
     @property
     def samples(self) -> int:
         return sum(len(self.indices(field)) for field in self.image_fields)
@@ -64,8 +70,8 @@ class Knn(Job):
 
     def check(self, mesh: Mesh) -> None:
         number = len(self.indices())
-        if not 1 <= self.k <= number:
-            raise UserError(f"Expected k in [1, {number}], the voting images, got {self.k}.")
+        if self.k > number:
+            raise UserError(f"Expected k <= {number}, the voting images, got {self.k}.")
         for field in self.image_fields:
             labels.check_classes(self.source(field))
             labels.check_labelled(self.source(field), self.indices(field))

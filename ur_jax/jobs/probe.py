@@ -26,6 +26,7 @@ import tyro
 from jax.sharding import Mesh
 
 from ur_jax import devices, runs
+from ur_jax.checks import check_whole
 from ur_jax.data import ProbeViews, ViewConfig, evenly_spaced, labels
 from ur_jax.devices import hosts
 from ur_jax.encoders import checkpoints
@@ -71,6 +72,12 @@ class Probe(Job):
     views: tyro.conf.OmitArgPrefixes[ViewConfig] = ViewConfig()
     training: tyro.conf.OmitArgPrefixes[ProbeConfig] = ProbeConfig()
 
+    def __post_init__(self):
+        check_whole(self, "num_images", "num_test_images", optional=True)
+        check_whole(self, "num_draws")
+        check_whole(self, "seed", least=0)
+        labels.parse_map(self.class_map)
+
     @property
     def settings(self) -> dict[str, Any]:
         left_out = () if self.cached else ("num_draws",)
@@ -89,8 +96,6 @@ class Probe(Job):
         return evenly_spaced(total, total if wanted is None else wanted)
 
     def check(self, mesh: Mesh) -> None:
-        if self.num_draws < 1:
-            raise UserError(f"Expected num_draws >= 1, got {self.num_draws}.")
         for field in self.image_fields:
             labels.check_classes(self.source(field))
             labels.check_labelled(self.source(field), self.indices(field))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ur_jax.checks import check_number, check_whole
 from ur_jax.errors import UserError
 from ur_jax.types import Array, Key
 
@@ -35,7 +36,7 @@ class ProbeConfig:
       num_epochs: passes over the images, >= 1.
       learning_rate: at the start, > 0. 30 suits the small features of MoCo's backbones.
       momentum: of SGD, in [0,1).
-      milestones: epochs (counted from 0) before which the learning rate falls.
+      milestones: epochs (counted from 0) before which the learning rate falls, increasing.
       decay: factor by which it falls.
       batch_size: images per step, over all devices, >= 1.
       batch_norm: normalise each feature by the batch, in training, and by running statistics
@@ -55,14 +56,14 @@ class ProbeConfig:
     batch_norm: bool = False
 
     def __post_init__(self):
-        for field in ("num_epochs", "batch_size"):
-            if getattr(self, field) < 1:
-                raise UserError(f"Expected {field} >= 1, got {getattr(self, field)}.")
-        for field in ("learning_rate", "decay"):
-            if not 0.0 < getattr(self, field) < math.inf:
-                raise UserError(f"Expected {field} > 0, got {getattr(self, field)}.")
-        if not 0.0 <= self.momentum < 1.0:
-            raise UserError(f"Expected momentum in [0,1), got {self.momentum}.")
+        check_whole(self, "num_epochs", "batch_size")
+        check_number(self, "learning_rate", "decay", above=0.0)
+        check_number(self, "momentum", least=0.0, below=1.0)
+        if (
+            list(self.milestones) != sorted(set(self.milestones))
+            or min(self.milestones, default=0) < 0
+        ):
+            raise UserError(f"Expected increasing milestones >= 0, got {self.milestones}.")
 
     def learning_rate_at(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0.
@@ -75,7 +76,7 @@ class ProbeConfig:
     def optimizer(self, learning_rate: Array) -> optax.GradientTransformation:
         """SGD with momentum at a rate that is an argument of the compiled step.
 
-            v <- momentum v + grad,   p <- p - learning_rate v
+        v <- momentum v + grad,   p <- p - learning_rate v
         """
         return optax.chain(
             optax.trace(decay=self.momentum), optax.scale_by_learning_rate(learning_rate)
