@@ -60,13 +60,14 @@ class Run:
             np.savez(file, **plain, **{_CHECKSUM: np.array(_hash(plain))})
 
     def read_parts(self, stage: str) -> dict[str, np.ndarray]:
-        """All finished parts of a stage, joined along the leading axis.
+        """All finished parts of a stage, joined along the leading axis; {} if there are none.
 
         Raises:
           DamagedError: for a part that is not as it was written; it names the file.
         """
         parts = [read_part(self.part(stage, n)) for n in range(self.num_parts(stage))]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        names = parts[0] if parts else ()
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
 def read_part(path: Path) -> dict[str, np.ndarray]:
