@@ -32,7 +32,7 @@ def test_whole_numbers():
 def test_numbers():
     for value in (1, 0.5, np.float32(0.5), 1e-300):
         check_number(holding(value), "field", above=0.0)
-    for value in (0, -0.0, -1.0, math.nan, math.inf, -math.inf, "1", None, True, 1j):
+    for value in (0, -0.0, -1.0, math.nan, math.inf, -math.inf, "1", None, True, 1j, 10**400):
         with pytest.raises(UserError, match="Expected field > 0, got"):
             check_number(holding(value), "field", above=0.0)
     check_number(holding(0.0), "field", least=0.0, below=1.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from typing import Any
 
 from ur_jax.errors import UserError
@@ -54,11 +55,9 @@ def check_number(
     ends = {">": above, ">=": least, "<": below, "<=": most}
     wanted = " and ".join(f"{sign} {end:g}" for sign, end in ends.items() if math.isfinite(end))
     for field in fields:
-        value = getattr(config, field)
+        value: Any = getattr(config, field)
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        # Each comparison is false for NaN.
-        if not (is_number and math.isfinite(value) and above < value < below) or not (
-            least <= value <= most
-        ):
+        is_finite = is_number and abs(value) <= sys.float_info.max  # false for NaN
+        if not (is_finite and above < value < below and least <= value <= most):
             what = " ".join(part for part in (field, wanted or "finite") if part)
             raise UserError(f"Expected {what}{unit and f', in {unit}'}, got {value!r}.")

@@ -58,7 +58,7 @@ def test_epochs_agree_with_a_numpy_twin(batch_norm):
     for epoch, (order, mask) in enumerate(orders):
         rate = np.float32(config.learning_rate_at(epoch))
         state, sums = linear.train_epoch(state, features, labels, order, mask, rate, config=config)
-        assert sums.count == 19
+        assert sums.images == 19
         total += float(sums.loss)
     assert total == pytest.approx(loss, rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5),

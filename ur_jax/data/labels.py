@@ -51,7 +51,7 @@ def labels_of(
     """
     missing = np.flatnonzero(mask & (labels < 0))
     if missing.size:
-        raise _unlabelled(source, names[missing[0]], len(missing))
+        raise _unlabelled(source, names[int(missing[0])], len(missing))
     return np.where(mask, labels, 0)
 
 

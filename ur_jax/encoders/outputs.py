@@ -33,7 +33,8 @@ def with_representation(encoder: Encoder, representation: str) -> Encoder:
         output = getattr(spec, representation)
     if output not in outputs:
         raise unknown_name("representation", representation, ("paper", "features", *outputs))
-    return encoder.replace(
+    return dataclasses.replace(
+        encoder,
         apply_fn=dataclasses.replace(fn, representation=output),
         representation=representation,
         dimension=outputs[output].shape[-1],

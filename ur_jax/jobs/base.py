@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import tyro
@@ -39,6 +39,7 @@ from ur_jax.runs import Run, lock
 from ur_jax.runs.summary import Summary
 from ur_jax.types import Curve
 
+J = TypeVar("J", bound="Job")
 EncoderLike = Encoder | str
 ImagesLike = ImageSource | str
 ProbeLike = Classifier | str
@@ -311,8 +312,9 @@ JOBS: Registry[type[Job]] = Registry("job", "ur_jax.jobs")
 def register(name: str):
     """Decorates a subclass of `Job`: names it and adds it to `JOBS`."""
 
-    def add(job: type[Job]) -> type[Job]:
+    def add(job: type[J]) -> type[J]:
         job.kind = name
-        return JOBS.register(name, job)
+        JOBS.register(name, job)
+        return job
 
     return add

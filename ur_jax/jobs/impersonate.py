@@ -170,11 +170,10 @@ class Impersonate(Job):
     def draw(self, session: Session) -> None:
         from ur_jax.report import plots  # needs matplotlib, of the extra "report"
 
-        shown = self.gallery(session)
+        shown, out = self.gallery(session), session.run.path / "impersonations.png"
+        images, targets, attacked = (shown[name] for name in ("images", "targets", "attacked"))
         plots.plot_impersonation(
-            session.run.path / "impersonations.png",
-            *(shown[name] for name in ("images", "targets", "attacked", "success")),
-            self.attack.read_at,
+            out, images, targets, attacked, shown["success"], self.attack.read_at
         )
 
     @classmethod

@@ -20,6 +20,7 @@ from ur_jax.certify import CenterConfig, RandomizedConfig
 from ur_jax.data import CORRUPTIONS, ImageSource, ViewConfig
 from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
+from ur_jax.encoders.outputs import with_representation
 from ur_jax.errors import UserError
 from ur_jax.jobs.base import Job
 from ur_jax.jobs.certify import Certify
@@ -295,7 +296,10 @@ def _stage(
     if any(cell.sources[use] is None for use in planned.uses):
         left_out = "It needs a probe; give --train-images."
     job, folder = planned.job, cell.folder
-    known = job if encoder is None else dataclasses.replace(job, encoder=encoder)
+    known = job
+    if encoder is not None:
+        own = with_representation(encoder, job.representation)
+        known = dataclasses.replace(job, encoder=own)
     if not (missing or left_out or planned.requires):
         try:
             known.check(devices.data_mesh())

@@ -39,7 +39,6 @@ from ur_jax.probes.classifier import Classifier
 from ur_jax.probes.linear import ProbeConfig
 from ur_jax.runs.summary import Row, Summary
 from ur_jax.stats.intervals import proportion_interval
-from ur_jax.types import Array
 
 TOP = (1, 5)
 """The k of the top-k accuracies that are reported."""
@@ -159,7 +158,7 @@ class Probe(Job):
         """The kinds of images that are classified: the probe's own, and clean ones."""
         return tuple(dict.fromkeys((self.views.kind, "standard")))
 
-    def _test(self, session: Session, trained: Mapping[str, Array]) -> None:
+    def _test(self, session: Session, trained: Mapping[str, Any]) -> None:
         """Classifies images of the probe's kind, and clean ones."""
         source, indices, classes = (
             self.source("test_images"), self.indices("test_images"), self.test_classes()

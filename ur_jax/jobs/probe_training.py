@@ -76,7 +76,8 @@ def _on_images(job: Probe, session: Session, state: ProbeState) -> tuple[ProbeSt
                 arrays = devices.shard(mesh, (batch.images, classes, batch.mask & mask))
                 state, totals = linear.encode_and_step(encoder, state, *arrays, rate, config=config)
                 steps.append(totals)
-            totals = linear.Totals(*np.sum(jax.device_get(steps), axis=0))
+            with np.errstate(over="ignore"):  # a loss that is not finite is refused in words
+                totals = linear.Totals(*np.sum(jax.device_get(steps), axis=0))
             history.append(_row(job, epoch, totals))
             saved.save(epoch + 1, state, {"history": history})
             saved.wait()  # the next step reuses the state's buffers
@@ -143,7 +144,7 @@ def _order(job: Probe, num_images: int, epoch: int) -> tuple[np.ndarray, np.ndar
 
 def _row(job: Probe, epoch: int, totals: linear.Totals) -> dict[str, float]:
     """The history's entry of an epoch; refuses a loss that is not finite."""
-    count = max(float(totals.count), 1.0)
+    count = max(float(totals.images), 1.0)
     loss, accuracy = float(totals.loss) / count, float(totals.correct) / count
     rate = job.training.learning_rate_at(epoch)
     if not math.isfinite(loss):

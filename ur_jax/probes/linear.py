@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ class Totals(NamedTuple):
 
     loss: Array
     correct: Array
-    count: Array
+    images: Array
 
 
 def init_state(key: Key, dimension: int, num_classes: int, *, config: ProbeConfig) -> ProbeState:
@@ -170,7 +170,7 @@ def train_step(
 
     grads, (loss, logits) = jax.grad(mean_loss, has_aux=True)(state.params)
     updates, optimizer = config.optimizer(learning_rate).update(grads, state.optimizer)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     stepped = ProbeState(params, optimizer, mean, var)
     stepped = jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), stepped, state)
     correct = weights @ (logits.argmax(-1) == labels).astype(jnp.float32)
