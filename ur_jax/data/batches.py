@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import operator
+import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -15,6 +18,8 @@ from ur_jax.data.pixels import PREPARATIONS, prepare
 from ur_jax.data.reading import StorageError
 from ur_jax.data.sources import ImageSource, read
 from ur_jax.errors import UserError, unknown_name
+
+_LARGEST_BATCH = 4096  # that there may be for fewer images
 
 
 class Unreadable(NamedTuple):
@@ -60,29 +65,84 @@ class DecodedImages(NamedTuple):
     unreadable: list[Unreadable]
 
 
-def evenly_spaced(total: int, n: int) -> np.ndarray:
+def evenly_spaced(total: int, n: int, *, what: str = "num_images") -> np.ndarray:
     """Returns the n evenly spaced indices of a listing: floor(i (total - 1) / (n - 1)).
 
     Args:
       total: length of the listing.
       n: number of indices, 1 <= n <= total; n = 1 gives index 0.
+      what: the setting that n is, for messages.
 
     Returns:
       (n,) int64, increasing, with the first and the last of the listing.
 
     Raises:
-      ValueError: n < 1, or more samples than images.
+      UserError: n is no whole number, n < 1, or more samples than images.
 
     Reference: section 4 of the paper's protocol; the authors' code computes the same.
     """
+    flag = f"--{what.replace('_', '-')}"
+    total, n = whole_number(total, "total"), whole_number(n, what)
     if n < 1:
-        raise UserError(f"Expected at least 1 sample, got {n}.")
+        raise UserError(f"Expected at least 1 sample, got {n} by {what}; give {flag} 1 or more.")
     if n > total:
         raise UserError(
-            f"Asked for {n} samples of a listing of {total} images; ask for at most {total}, or "
-            "give more images."
+            f"Asked for {n} samples of a listing of {total} images by {what}; give {flag} {total} "
+            "or fewer, or more images."
         )
     return np.linspace(0, total - 1, n).astype(np.int64)
+
+
+def check_workers(num_workers: int) -> None:
+    """Raises UserError for a number of worker processes that this machine would choke on.
+
+    Each is a Python of its own that takes seconds to start: more of them than cores wait for each
+    other, and nothing is seen of the run meanwhile. Four are allowed anywhere.
+    """
+    most = max(4, os.cpu_count() or 1)
+    if not 0 <= whole_number(num_workers, "num_workers") <= most:
+        raise UserError(
+            f"Expected num_workers >= 0 and at most {most} on the {os.cpu_count()} cores of this "
+            f"machine, got {num_workers}; give --num-workers {most} or fewer, 0 for threads alone."
+        )
+
+
+def check_batch_size(batch_size: int, num_images: int, input_size: tuple[int, int]) -> None:
+    """Raises UserError for a batch that is mostly padding, or that no memory holds.
+
+    Args:
+      batch_size: images per batch.
+      num_images: how many there are in all. A batch has its full size however few they are.
+      input_size: (H, W) of the images.
+    """
+    most = max(_LARGEST_BATCH, num_images)
+    if not 1 <= whole_number(batch_size, "batch_size") <= most:
+        raise UserError(
+            f"Expected batch_size >= 1 and at most {most} for {num_images} images, got "
+            f"{batch_size}; give --batch-size {min(most, 64)}, for instance."
+        )
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = 4 * 3 * math.prod(input_size)  # of one image, in float32
+    if batch_size * needed > memory:
+        raise UserError(
+            f"Expected batch_size to fit in memory, got {batch_size}: its pixels alone take "
+            f"{batch_size * needed / 2**30:.1f} GiB of {memory / 2**30:.1f}; the network takes many "
+            "times that. Give a smaller --batch-size."
+        )
+
+
+def whole_number(value: Any, what: str) -> int:
+    """An integer, of Python or NumPy.
+
+    Raises:
+      UserError: for anything else, such as 2.5, True or None.
+    """
+    if isinstance(value, (bool, np.bool_)):
+        raise UserError(f"Expected {what} as a whole number, got {value!r}.")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"Expected {what} as a whole number, got {value!r}.") from None
 
 
 def image_batches(
@@ -231,28 +291,24 @@ def _dataset(
     source, indices, *, input_size, preparation, batch_size, num_workers, start
 ) -> grain.IterDataset:
     """Checks the arguments and builds the Grain pipeline of uint8 batches."""
-    indices = np.asarray(indices, np.int64)
-    if indices.ndim != 1:
-        raise UserError(f"Expected a flat list of indices, got shape {indices.shape}.")
-    if indices.size and not (0 <= indices.min() and indices.max() < len(source)):
-        raise UserError(
-            f"Expected indices in [0, {len(source)}) for {source.spec!r}, got "
-            f"{indices.min()} to {indices.max()}."
-        )
-    if len(input_size) != 2 or min(input_size) < 1:
+    indices = _checked_indices(source, indices)
+    if (
+        len(input_size) != 2
+        or min(whole_number(side, "a side of input_size") for side in input_size) < 1
+    ):
         raise UserError(f"Expected input_size as positive (height, width), got {input_size}.")
     if preparation not in PREPARATIONS:
         raise unknown_name("preparation", preparation, PREPARATIONS)
-    if batch_size < 1 or num_workers < 0:
-        raise UserError(
-            f"Expected batch_size >= 1 and num_workers >= 0, got {batch_size} and {num_workers}."
-        )
+    check_batch_size(batch_size, len(indices), input_size)
+    start = whole_number(start, "start")
+    check_workers(num_workers)
     num_batches = -(-len(indices) // batch_size)
     if not 0 <= start <= num_batches:
         raise UserError(
             f"Expected start in [0, {num_batches}], the number of batches, got {start}."
         )
     batches = _Batches(source, indices, tuple(input_size), preparation, batch_size, start)
+    num_workers = min(num_workers, num_batches - start)  # more would start for nothing
     # Pillow releases the interpreter lock, so threads help a lone process; inside workers they only
     # contend. The buffer is counted in batches.
     threads = 1 if num_workers else 4
@@ -264,6 +320,22 @@ def _dataset(
             flags.FLAGS.mark_as_parsed()  # Grain's processes ask absl, which only absl.app runs
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return dataset
+
+
+def _checked_indices(source: ImageSource, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Indices as an array, once they are known to be of the listing."""
+    array = np.asarray(indices)
+    if array.size and array.dtype.kind not in "iu":
+        raise UserError(f"Expected indices as whole numbers, got {array.dtype}.")
+    array = array.astype(np.int64)
+    if array.ndim != 1:
+        raise UserError(f"Expected a flat list of indices, got shape {array.shape}.")
+    if array.size and not (0 <= array.min() and array.max() < len(source)):
+        raise UserError(
+            f"Expected indices in [0, {len(source)}) for {source.spec!r}, got "
+            f"{array.min()} to {array.max()}."
+        )
+    return array
 
 
 def _warned(dataset: grain.IterDataset) -> Iterator[ImageBatch]:

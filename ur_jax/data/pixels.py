@@ -9,16 +9,56 @@ from PIL import Image, UnidentifiedImageError
 
 from ur_jax.errors import UserError, unknown_name
 
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 PREPARATIONS = ("resize", "resize_crop")
 
 
 def decode(file: BinaryIO) -> Image.Image:
-    """Decodes a whole image file to RGB."""
+    """Decodes a whole image file to 8-bit RGB, as torchvision and transformers do.
+
+    | in the file | here |
+    | --- | --- |
+    | grey, grey with alpha, 1 bit | the three channels equal |
+    | palette | its colours; transparency is dropped |
+    | alpha | dropped: the colours below it show, also where they are transparent |
+    | CMYK, YCbCr | Pillow's conversion, without colour profiles |
+    | 16 bits per colour channel | the upper 8 |
+    | EXIF orientation | ignored: pixels stay as they are stored |
+    | several frames or pages | the first |
+
+    Two kinds lose their picture in that conversion, which clips at 255. Ours differ from it:
+
+    | in the file | here |
+    | --- | --- |
+    | 16-bit grey | scikit-image's `img_as_ubyte`: the upper 8 bits, or as it is if all are <= 255 |
+    | 32-bit, floating point; 12-bit or inverted 16-bit TIFF | refused: which value is white? |
+
+    Raises:
+      UserError: for a file in no format that Pillow reads, or of the last kind.
+    """
     try:
         with Image.open(file) as image:
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                image = _eight_bits(image)
             return image.convert("RGB")
     except UnidentifiedImageError:  # its own message names an object's address, new in every run
         raise UserError("not an image in a format that Pillow reads") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image as an 8-bit one."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits, inverted = tags.get(_BITS_PER_SAMPLE, (16,))[0], tags.get(_PHOTOMETRIC, 1) == 0
+    # Pillow reads a grey PGM of more than 8 bits as 32-bit integers, scaled to 65535.
+    has_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if not has_16_bits or bits != 16 or inverted:
+        raise UserError(
+            f"grey pixels of Pillow's mode {image.mode!r}, {bits} bits"
+            f"{', white as 0' * inverted}: which value is white is not known; convert the file to "
+            "8 bits per channel"
+        )
+    values = np.asarray(image)
+    return Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -251,6 +251,7 @@ class Job(abc.ABC):
                 claim = path / "config.json"
                 begun = runs.read_json(claim) if claim.exists() else {}
                 job = self.opened().settled(begun, mesh)
+                data.check_workers(num_workers)
                 job.check(mesh)
             if out is not None:
                 stack.enter_context(lock.held(path))

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from ur_jax import devices, metrics, runs
 from ur_jax.attacks import AttackConfig, u_pgd
-from ur_jax.data import ImageBatch, evenly_spaced, load_uint8
+from ur_jax.data import ImageBatch, check_batch_size, evenly_spaced, load_uint8
 from ur_jax.devices import hosts, memory
 from ur_jax.distances import distance
 from ur_jax.encoders.base import Encoder
@@ -162,6 +162,9 @@ class LabelFree(Job):
         if not self.stages:
             raise UserError(f"Expected at least one stage of {', '.join(STAGES)}.")
         check_fits(self.protocol, len(self.source()), mesh)
+        if self.protocol.batch_size is not None:
+            size, total = self.protocol.batch_size, len(self.source())
+            check_batch_size(size, total, self.model.input_size)
 
     def compute(self, session: Session) -> None:
         job = dataclasses.replace(self, encoder=devices.replicate(session.mesh, self.model))
@@ -371,8 +374,9 @@ def check_fits(config: EvaluationConfig, num_images: int, mesh: Mesh) -> None:
     """Raises UserError for more samples than images, or a batch that the devices can't divide."""
     if config.batch_size is not None:  # it is found on the machine otherwise
         devices.check_divisible(config.batch_size, mesh)
-    for wanted in (config.num_images, config.num_clean):
-        evenly_spaced(num_images, wanted or num_images)
+    for what in ("num_images", "num_clean"):
+        wanted = getattr(config, what)
+        evenly_spaced(num_images, num_images if wanted is None else wanted, what=what)
 
 
 def _derangement(indices: np.ndarray, key: Array) -> np.ndarray:
