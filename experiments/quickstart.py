@@ -3,43 +3,28 @@
 python experiments/quickstart.py
 """
 
-from __future__ import annotations
-
-import dataclasses
+import sys
 import time
-from pathlib import Path
 
-import command
-import evaluate
+from ur_jax import cli
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Nothing needs to be given."""
-
-    out: Path = Path("runs/quickstart")
-    """Folder of the results; a run that stopped there goes on."""
-
-
-def main(config: Config) -> None:
-    started = time.monotonic()
-    quick = evaluate.PRESETS["quick"]
-    evaluate.main(dataclasses.replace(quick, encoder="demo", images="demo", out=config.out))
-    command.console.print(
-        f"""
-That took {time.monotonic() - started:.0f} s. Look at {config.out}/gallery.png: perturbations of at
-most 0.05 move an image's representation (a ResNet-20 trained without labels) to those of others.
+NEXT = """
+That took {seconds:.0f} s. Look at runs/quickstart/gallery.png: perturbations of at most 0.05 move
+an image's representation (a ResNet-20 trained without labels) to those of others.
 
 Next:
-  your own images      python experiments/evaluate.py --preset quick --encoder demo \\
-                           --images folder:PHOTOS --out runs/mine
-  a published encoder  python experiments/convert_weights.py --list
-  your own encoder     README, "Your own encoder"
-  all flags            python experiments/evaluate.py --help""",
-        highlight=False,
-        soft_wrap=True,
-    )
+  your own images      ur-jax evaluate --preset quick --encoder demo --images folder:PHOTOS \\
+                           --out runs/mine
+  a published encoder  ur-jax convert-weights --list
+  your own encoder     ur-jax evaluate --preset quick --encoder file.py:make --images demo \\
+                           --out runs/own; experiments/own_encoder.py is one
+  all flags            ur-jax evaluate --help"""
 
 
 if __name__ == "__main__":
-    command.run(main, Config)
+    started = time.monotonic()
+    flags = "--encoder demo --images demo --preset quick --out runs/quickstart"
+    status = cli.run("evaluate", [*flags.split(), *sys.argv[1:]])
+    if status == 0:
+        print(NEXT.format(seconds=time.monotonic() - started))
+    sys.exit(status)

@@ -3,8 +3,8 @@
 import importlib.metadata
 
 from ur_jax.attacks import AttackConfig, loss_pgd, u_fgsm, u_pgd
-from ur_jax.encoders import Encoder, from_fn
-from ur_jax.encoders.loading import load_encoder, weights_hash
+from ur_jax.encoders import Encoder, from_fn, from_linen, from_nnx
+from ur_jax.encoders.loading import load_encoder, save_encoder, weights_hash
 from ur_jax.encoders.zoo import list_encoders
 
 __version__ = importlib.metadata.version("ur_jax")
@@ -14,9 +14,12 @@ __all__ = [
     "AttackConfig",
     "Encoder",
     "from_fn",
+    "from_linen",
+    "from_nnx",
     "list_encoders",
     "load_encoder",
     "loss_pgd",
+    "save_encoder",
     "u_fgsm",
     "u_pgd",
     "weights_hash",

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from flax.errors import ModifyScopeVariableError
 
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.types import Array, PyTree
 
 PREPARATIONS = ("resize", "resize_crop")
 DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """How an encoder can be made again.
+
+    It is no part of the function: any two are equal, so that nothing is compiled anew for the place
+    that an encoder is from.
+
+    Attributes:
+      place: of the function that makes it, "package.module:make" or "file.py:make"; of a published
+        encoder its name; None where it is not known.
+      arguments: keyword arguments, JSON values.
+    """
+
+    place: str | None = dataclasses.field(default=None, compare=False)
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
 
 @struct.dataclass
@@ -37,6 +57,7 @@ class Encoder:
       representation: which output of the network this is.
       dimension: D.
       dtype: compute dtype, "float32" or "bfloat16". The result is float32 either way.
+      origin: how it can be made again, for `save_encoder`.
     """
 
     params: PyTree
@@ -49,19 +70,29 @@ class Encoder:
     representation: str = struct.field(pytree_node=False)
     dimension: int = struct.field(pytree_node=False)
     dtype: str = struct.field(pytree_node=False)
+    origin: Origin = struct.field(pytree_node=False, default=Origin())
 
     def __call__(self, images: Array) -> Array:
         """Returns the representations (B,D) float32 of images (B,H,W,3) float in [0,1].
 
         Raises:
-          ValueError: for another shape, or pixels that are not floating point. The range is not
-            looked at here, where it would cost a host sync: see `check_images`.
+          UserError: for another shape or dtype; outside of a transformation such as `jit`, which
+            has no pixels to look at, also for pixels that are not in [0,1].
         """
-        _check_shape(self, images)
+        check_images(self, images)
         mean, std = (jnp.asarray(np.asarray(v, np.float32)) for v in (self.mean, self.std))
         normalised = (images.astype(jnp.float32) - mean) / std
         representations = self.apply_fn(self.params, normalised.astype(self.dtype))
         return representations.astype(jnp.float32)
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        count = sum(math.prod(np.shape(leaf)) for leaf in leaves)
+        height, width = self.input_size
+        return (
+            f"Encoder({self.name!r}, {self.representation!r}: ({height}, {width}, 3) -> "
+            f"({self.dimension},), {self.dtype}, {count:,} parameters)"
+        )
 
 
 def from_fn(
@@ -83,7 +114,8 @@ def from_fn(
 
     Args:
       apply_fn: (params, normalised images (B,H,W,3) of `dtype`) -> (B,D).
-      params: its parameters, any pytree; floating-point leaves are cast to `dtype`.
+      params: its parameters, any pytree of arrays and numbers; floating-point leaves are cast to
+        `dtype`.
       input_size: height and width of the images, in pixels.
       name: name in tables and records.
       preparation: "resize" or "resize_crop", see `Encoder`.
@@ -96,42 +128,106 @@ def from_fn(
       The encoder. Its dimension is read from the function's output shape.
 
     Raises:
-      ValueError: for an unknown preparation or dtype, parameters that are not finite, a standard
-        deviation <= 0, or an output that is not (B,D).
+      UserError: for an unknown preparation or dtype, a mean that is not finite, a standard
+        deviation that is not or is <= 0, parameters that are no arrays or not finite, a network in
+        training mode, or an output that is not (B,D).
     """
+    if not callable(apply_fn):
+        raise UserError(
+            f"Expected a function of (params, images) as apply_fn, got {type(apply_fn).__name__}."
+        )
     if preparation not in PREPARATIONS:
         raise unknown_name("preparation", preparation, PREPARATIONS)
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
+    size, mean, std = _size(input_size), _channels("mean", mean), _channels("std", std)
     if min(std) <= 0:
         raise UserError(f"Expected std > 0 in every channel, got {std}.")
+    params = jax.tree_util.tree_map_with_path(_as_array, params)
     check_finite(params, name)
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    params = jax.tree.map(cast, jax.tree.map(jnp.asarray, params))
-    images = jax.ShapeDtypeStruct((2, *input_size, 3), dtype)
-    output = jax.eval_shape(apply_fn, params, images)
-    if not isinstance(output, jax.ShapeDtypeStruct) or output.ndim != 2 or output.shape[0] != 2:
-        raise UserError(
-            f"Expected {name!r} to map images (B,{input_size[0]},{input_size[1]},3) to one array "
-            f"(B,D); for B=2 it gives {jax.tree.map(lambda x: x.shape, output)}. "
-            "Flatten or pool its output."
-        )
+    params = jax.tree.map(cast, params)
     return Encoder(
         params=params,
         apply_fn=apply_fn,
         name=name,
-        input_size=tuple(input_size),
+        input_size=size,
         preparation=preparation,
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=mean,
+        std=std,
         representation=representation,
-        dimension=output.shape[1],
+        dimension=_dimension(apply_fn, params, size, dtype, name),
         dtype=dtype,
     )
 
 
+def _dimension(apply_fn, params: PyTree, size: tuple[int, int], dtype: str, name: str) -> int:
+    """D of a function that gives (B,D); refuses any other."""
+    images = jax.ShapeDtypeStruct((2, *size, 3), dtype)
+    try:
+        output = jax.eval_shape(apply_fn, params, images)
+    except ModifyScopeVariableError as error:
+        raise UserError(
+            f"Expected {name!r} in inference mode, but it changes its own variables, as BatchNorm "
+            "does in training (a representation would depend on the other images of its batch): "
+            "pass train=False, use_running_average=True or what the module calls it, or make it "
+            "with `from_linen`."
+        ) from error
+    if (
+        not isinstance(output, jax.ShapeDtypeStruct)
+        or output.shape[:1] != (2,)
+        or output.ndim != 2
+        or output.shape[1] < 1
+        or not jnp.issubdtype(output.dtype, jnp.floating)
+    ):
+        shown = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", output)
+        raise UserError(
+            f"Expected {name!r} to map images (B,{size[0]},{size[1]},3) to one floating-point array "
+            f"(B,D); for B=2 it gives {shown}. Flatten or pool its output, or pick one of several."
+        )
+    return output.shape[1]
+
+
+def _size(input_size: Sequence[int]) -> tuple[int, int]:
+    """Height and width; refuses what is none."""
+    try:
+        height, width = (int(n) for n in input_size)
+        if min(height, width) < 1 or (height, width) != tuple(input_size):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(
+            f"Expected input_size (height, width) in pixels, such as (224, 224), got {input_size!r}."
+        ) from None
+    return height, width
+
+
+def _channels(what: str, values: Sequence[float]) -> tuple[float, float, float]:
+    """A number for each channel; refuses what is none."""
+    try:
+        red, green, blue = (float(value) for value in values)
+    except (TypeError, ValueError):
+        raise UserError(f"Expected {what} of 3 channels, got {values!r}.") from None
+    if not np.isfinite([red, green, blue]).all():
+        raise UserError(f"Expected a finite {what} in every channel, got {values!r}.")
+    return red, green, blue
+
+
+def _as_array(path: Any, leaf: Any) -> Array:
+    """A leaf of the parameters as an array."""
+    if isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float)):
+        try:
+            return jnp.asarray(leaf)
+        except TypeError:  # an array of objects or of text
+            pass
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    raise UserError(
+        f"Expected params of arrays and numbers, got {type(leaf).__name__} {leaf!r:.40} at {name!r}; "
+        "keep what is no number in apply_fn."
+    )
+
+
 def check_images(encoder: Encoder, images: Array) -> None:
-    """Raises ValueError unless `images` are (B,H,W,3), floating point, finite and in [0,1].
+    """The gate for images: raises UserError unless they are (B,H,W,3) float32, each in [0,1].
 
     Looks at the values, hence waits for them; tracers are only checked for shape and dtype.
     """
@@ -139,10 +235,16 @@ def check_images(encoder: Encoder, images: Array) -> None:
     if isinstance(images, jax.core.Tracer):
         return
     # By comparisons, which a NaN fails: on CPUs a vectorised minimum or maximum can lose it.
-    if not jnp.all((images >= 0.0) & (images <= 1.0)):
-        low, high = float(jnp.min(images)), float(jnp.max(images))
-        remedy = "divide by 255" if high > 1.5 else "clip the images, and look for NaN"
-        raise UserError(f"Expected pixels in [0,1], got [{low:g}, {high:g}]; {remedy}.")
+    if jnp.all((images >= 0.0) & (images <= 1.0)):
+        return
+    if not jnp.all(jnp.isfinite(images)):
+        raise UserError(
+            "Expected pixels in [0,1], got NaN or infinity; look where the images come from, and "
+            "leave those out."
+        )
+    low, high = float(jnp.min(images)), float(jnp.max(images))
+    remedy = "divide by 255" if high > 1.5 else "normalise inside the encoder (mean, std), or clip"
+    raise UserError(f"Expected pixels in [0,1], got [{low:g}, {high:g}]; {remedy}.")
 
 
 def check_finite(params: PyTree, name: str) -> None:
@@ -151,7 +253,9 @@ def check_finite(params: PyTree, name: str) -> None:
     bad = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in leaves
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all()
+        if not isinstance(leaf, jax.core.Tracer)
+        and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        and not np.isfinite(np.asarray(leaf)).all()
     ]
     if bad:
         raise UserError(
@@ -164,13 +268,20 @@ def check_finite(params: PyTree, name: str) -> None:
 def _check_shape(encoder: Encoder, images: Array) -> None:
     """Raises ValueError unless the static shape and dtype of `images` fit the encoder."""
     expected = (*encoder.input_size, 3)
+    if not isinstance(images, (jax.Array, np.ndarray)):
+        raise UserError(
+            f"Expected an array of images (B,{','.join(map(str, expected))}), got "
+            f"{type(images).__name__}; stack them with np.stack."
+        )
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise UserError(
             f"Expected images (B,{','.join(map(str, expected))}) for encoder {encoder.name!r}, got "
             f"{tuple(images.shape)}; resize them, or load them with `ur_jax.data.image_batches`."
         )
-    if not jnp.issubdtype(images.dtype, jnp.floating):
+    if images.dtype not in (jnp.float32, jnp.float64):
+        # Half precision has no room for a perturbation: in bfloat16 1/255 is a step near 1.
+        scale = " / 255" if jnp.issubdtype(images.dtype, jnp.integer) else ""
         raise UserError(
-            f"Expected floating-point images in [0,1], got {images.dtype}; "
-            "convert with images.astype('float32') / 255."
+            f"Expected floating-point images (float32) in [0,1], got {images.dtype}; convert with "
+            f"images.astype('float32'){scale}. The encoder's own dtype is chosen when it is loaded."
         )

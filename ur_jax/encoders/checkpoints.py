@@ -73,24 +73,8 @@ def restore_encoder(path: str | os.PathLike) -> tuple[PyTree, dict[str, Any]]:
       ValueError: if it is not an encoder checkpoint, is damaged, or is of a later format.
     """
     path = _absolute(path)
-    if not path.exists():
-        raise NotFoundError(f"There is no checkpoint {path}; check the path.")
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = checkpointer.metadata(path)
-            metadata = stored.custom_metadata or {}
-        except Exception:  # whatever else may lie at the path
-            metadata = {}
-        if "weights_sha256" not in metadata:
-            raise UserError(
-                f"Expected an encoder checkpoint directory, but {path} has no readable metadata of "
-                "one; make it with experiments/convert_weights.py or `checkpoints.save_encoder`."
-            )
-        if metadata["format"] > _FORMAT:
-            raise UserError(
-                f"Expected a checkpoint of format {_FORMAT} or before, got {metadata['format']} in "
-                f"{path}; upgrade ur_jax."
-            )
+        stored, metadata = _read_metadata(path, checkpointer)
         try:
             target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), stored.item_metadata.tree)
             variables = checkpointer.restore(path, target)
@@ -100,6 +84,43 @@ def restore_encoder(path: str | os.PathLike) -> tuple[PyTree, dict[str, Any]]:
     if tree_hash(variables) != metadata["weights_sha256"]:
         raise _damaged(path, "its weights do not have the recorded SHA-256")
     return variables, metadata
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads the metadata of a checkpoint alone.
+
+    Args:
+      path: the checkpoint directory.
+
+    Raises:
+      As `restore_encoder`.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        return _read_metadata(_absolute(path), checkpointer)[1]
+
+
+def _read_metadata(
+    path: epath.Path, checkpointer: ocp.StandardCheckpointer
+) -> tuple[Any, dict[str, Any]]:
+    """What Orbax says of a checkpoint, and our own metadata in it."""
+    if not path.exists():
+        raise NotFoundError(f"There is no checkpoint {path}; check the path.")
+    try:
+        stored = checkpointer.metadata(path)
+        metadata = stored.custom_metadata or {}
+    except Exception:  # whatever else may lie at the path
+        stored, metadata = None, {}
+    if "weights_sha256" not in metadata:
+        raise UserError(
+            f"Expected an encoder checkpoint directory, but {path} has no readable metadata of "
+            "one; make it with `ur-jax convert-weights` or `ur_jax.save_encoder`."
+        )
+    if metadata["format"] > _FORMAT:
+        raise UserError(
+            f"Expected a checkpoint of format {_FORMAT} or before, got {metadata['format']} in "
+            f"{path}; upgrade ur_jax."
+        )
+    return stored, metadata
 
 
 def is_saved(path: str | os.PathLike) -> bool:

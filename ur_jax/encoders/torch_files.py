@@ -217,10 +217,10 @@ def _map_tensors(tensors, spec: EncoderSpec, contents, prefix, file, shapes_fn) 
 
 
 def variable_shapes(
-    spec: EncoderSpec, config: Mapping[str, Any]
+    spec: EncoderSpec, config: Mapping[str, Any], *, folded: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns {"/"-separated path: shape and dtype} of the unfolded network's variables."""
-    return _shapes(spec.network(folded=False, **config), (*spec.input_size, 3))
+    """Returns {"/"-separated path: shape and dtype} of the network's variables."""
+    return _shapes(spec.network(folded=folded, **config), (*spec.input_size, 3))
 
 
 def _shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -231,7 +231,12 @@ def _shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, jax.Sh
 
 
 def check_variables(
-    variables: PyTree, spec: EncoderSpec, config: Mapping[str, Any], file: str
+    variables: PyTree,
+    spec: EncoderSpec,
+    config: Mapping[str, Any],
+    file: str,
+    *,
+    folded: bool = False,
 ) -> None:
     """Raises ValueError unless `variables` are exactly those of the encoder's network.
 
@@ -240,9 +245,21 @@ def check_variables(
       spec: the encoder.
       config: keyword arguments of its network.
       file: what the error calls the checkpoint.
+      folded: whether its BatchNorms are folded.
     """
     have = traverse_util.flatten_dict(variables, sep="/")
-    expected = variable_shapes(spec, config)
+    expected = variable_shapes(spec, config, folded=folded)
+    check_arrays(have, expected, f"{file} does not fit the network of {spec.name!r}")
+
+
+def check_arrays(have: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """Raises UserError unless two {name: array or shape} have the same names and shapes.
+
+    Args:
+      have: what there is.
+      expected: what is needed.
+      what: begins the message, which lists what is missing, unexpected or mis-shaped.
+    """
     problems = {
         "missing": [f"{k} {expected[k].shape}" for k in expected if k not in have],
         "unexpected": [f"{k} {have[k].shape}" for k in have if k not in expected],
@@ -253,7 +270,7 @@ def check_variables(
         ],
     }
     if any(problems.values()):
-        raise _layout_error(f"{file} does not fit the network of {spec.name!r}", problems)
+        raise _layout_error(what, problems)
 
 
 def _layout_error(what: str, problems: Mapping[str, list[str]], hint: str = "") -> UserError:

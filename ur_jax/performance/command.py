@@ -1,0 +1,87 @@
+"""How fast it is on this machine's devices, beside their peaks and, with --against torch, PyTorch.
+
+    ur-jax throughput --against torch --out runs/throughput
+
+Writes to --out: `throughput.json` and `throughput.png`. Where only the core is installed (no tyro,
+no matplotlib), `python -m ur_jax.performance` measures the same; --results shows what it wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from ur_jax import performance, runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to measure. A tuple or number that is given replaces that of the preset's first sweep,
+    which is then the only one."""
+
+    out: Path = Path("runs/throughput")
+    """Folder of the results."""
+    preset: str = "cpu"
+    """cpu, gpu (one command of 8 minutes), scaling, or toy (does everything run?)."""
+    against: str = "nothing"
+    """nothing, or torch: the same work in PyTorch, by turns."""
+    works: tuple[str, ...] = ()
+    """u_pgd, forward, noisy, center, distances, training, certificates, adaptive."""
+    encoders: tuple[str, ...] = ()
+    """Names of encoders; random weights where none ship."""
+    dtypes: tuple[str, ...] = ()
+    """float32, bfloat16."""
+    batch_sizes: tuple[int, ...] = ()
+    """Images over all devices."""
+    repeats: int | None = None
+    """Timed runs of each implementation."""
+    budget: float = float("inf")
+    """Seconds after which no further case begins."""
+    results: Path | None = None
+    """A throughput.json measured elsewhere: shows it and draws its plot, and measures nothing."""
+
+
+PRESETS = {name: Config(preset=name) for name in performance.PRESETS}
+
+
+def main(config: Config) -> None:
+    if config.against == "torch":  # which needs some of the device's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if config.results is not None:
+        context = json.loads(config.results.read_text())
+        show(config, [performance.Result(**result) for result in context.pop("results")], context)
+        return
+
+    def write(results, context):
+        path = config.out / "throughput.json"
+        runs.write_json(path, {**context, "results": results})
+        Console().print(f"{results[-1].work}: {len(results)} measurements so far")
+
+    show(config, *performance.run(
+        sweeps(config), against=config.against, budget=config.budget, on_results=write
+    ))  # fmt: skip
+
+
+def sweeps(config: Config) -> list[performance.Sweep]:
+    """The preset's sweeps, or its first one changed by the flags that were given."""
+    preset = performance.PRESETS[config.preset]
+    names = ("works", "encoders", "dtypes", "batch_sizes", "repeats")
+    given = {name: value for name in names if (value := getattr(config, name))}
+    return [dataclasses.replace(preset[0], **given)] if given else list(preset)
+
+
+def show(config: Config, results: list[performance.Result], context: dict) -> None:
+    """Prints the table and draws the plot."""
+    from ur_jax.report import plots  # needs matplotlib, of the extra "report"
+
+    versions = ", ".join(f"{name} {version}" for name, version in context["versions"].items())
+    title = f"{context['num_devices']} x {context['device']}, {context['date']}, {versions}"
+    Console().print(plots.throughput_table(title, results))
+    for case in context["left_out"]:
+        Console().print(f"left out: {case}", markup=False)
+    plots.plot_throughput(config.out / "throughput.png", results)
+    Console().print(f"Wrote {config.out}/throughput.png", highlight=False)
