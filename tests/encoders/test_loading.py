@@ -6,7 +6,6 @@ import functools
 import json
 import sys
 
-import convert_weights
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +14,10 @@ import reference_rules
 from flax import traverse_util
 from published_files import TINY, save_torch, tensors
 
+from ur_jax import devices
 from ur_jax.attacks import AttackConfig, u_pgd
 from ur_jax.encoders import checkpoints, loading, torch_files
+from ur_jax.encoders import convert as convert_weights
 from ur_jax.encoders.zoo import ENCODERS
 
 
@@ -88,8 +89,8 @@ def test_checkpoint_gives_the_published_numbers(published, converted, monkeypatc
 def test_one_device_and_eight(converted):
     encoder = loading.load_encoder(converted)
     results = []
-    for devices in (jax.devices()[:1], jax.devices()):
-        mesh = devices.data_mesh(devices)
+    for used in (jax.devices()[:1], jax.devices()):
+        mesh = devices.data_mesh(used)
         on_mesh = devices.replicate(mesh, encoder), devices.shard(mesh, IMAGES)
         results.append(np.asarray(_represent(*on_mesh)))
     np.testing.assert_allclose(*results, rtol=1e-6)

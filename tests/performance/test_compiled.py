@@ -47,7 +47,14 @@ def images():
 def attack_arguments(encoder, images):
     """Arguments of the attack's program; the last one is static."""
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(images)))
-    return encoder, images, keys, None, None, *attacks.config.split(attacks.AttackConfig(num_steps=2))
+    return (
+        encoder,
+        images,
+        keys,
+        None,
+        None,
+        *attacks.config.split(attacks.AttackConfig(num_steps=2)),
+    )
 
 
 @pytest.fixture(scope="module")

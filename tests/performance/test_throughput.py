@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_rules
-import throughput as script
 import tiny_encoder
 
 from ur_jax import performance
 from ur_jax.encoders import loading, torch_files
 from ur_jax.encoders.zoo import ENCODERS
+from ur_jax.performance import command as script
 from ur_jax.performance import suite, timing, work
 
 

@@ -182,8 +182,9 @@ def _dimension(apply_fn, params: PyTree, size: tuple[int, int], dtype: str, name
     ):
         shown = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", output)
         raise UserError(
-            f"Expected {name!r} to map images (B,{size[0]},{size[1]},3) to one floating-point array "
-            f"(B,D); for B=2 it gives {shown}. Flatten or pool its output, or pick one of several."
+            f"Expected {name!r} to map images (B,{size[0]},{size[1]},3) to one floating-point "
+            f"array (B,D); for B=2 it gives {shown}. Flatten or pool its output, or "
+            "pick one of several."
         )
     return output.shape[1]
 
@@ -196,7 +197,8 @@ def _size(input_size: Sequence[int]) -> tuple[int, int]:
             raise ValueError
     except (TypeError, ValueError):
         raise UserError(
-            f"Expected input_size (height, width) in pixels, such as (224, 224), got {input_size!r}."
+            f"Expected input_size (height, width) in pixels, such as (224, 224), got "
+            f"{input_size!r}."
         ) from None
     return height, width
 
@@ -221,8 +223,8 @@ def _as_array(path: Any, leaf: Any) -> Array:
             pass
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     raise UserError(
-        f"Expected params of arrays and numbers, got {type(leaf).__name__} {leaf!r:.40} at {name!r}; "
-        "keep what is no number in apply_fn."
+        f"Expected params of arrays and numbers, got {type(leaf).__name__} {leaf!r:.40} at "
+        f"{name!r}; keep what is no number in apply_fn."
     )
 
 

@@ -92,8 +92,8 @@ def make(
     for name, value in {**wanted, "dtype": dtype}.items():
         if made[name] != value:
             raise UserError(
-                f"Expected {place} to make an encoder of {name} {value!r}, got {made[name]!r}; have "
-                f"it take {name} and pass it on to from_fn, or ask for {made[name]!r}."
+                f"Expected {place} to make an encoder of {name} {value!r}, got {made[name]!r}; "
+                f"have it take {name} and pass it on to from_fn, or ask for {made[name]!r}."
             )
     return encoder.replace(origin=Origin(lasting(place), dict(arguments)))
 

@@ -1,4 +1,4 @@
-"""Encoders by name: from a checkpoint, a published file, this package, or a function that makes one.
+"""Encoders by name: from a checkpoint, a published file, this package, or one's own function.
 
 What `load_encoder` takes is what every command takes as `--encoder`.
 """
@@ -211,6 +211,17 @@ def load_variables(
     return loaded
 
 
+def is_loadable(path: str | os.PathLike) -> bool:
+    """Whether there is something that `load_encoder` may take: a path, a place, or what ships."""
+    location = os.fspath(path)
+    return (
+        location in _PACKAGED
+        or "://" in location
+        or os.path.exists(location)
+        or factories.is_place(location)
+    )
+
+
 def is_own(path: str | os.PathLike) -> bool:
     """Whether what `load_encoder` takes names a user's own function, or a checkpoint of one's."""
     location = os.fspath(path)
@@ -293,7 +304,7 @@ def abstract_encoder(name: str, representation: str = "paper", dtype: str = "flo
       UserError: for an unknown name or representation.
     """
     if name not in ENCODERS:
-        if not (is_own(name) or os.path.exists(name)):
+        if not is_loadable(name):
             raise unknown_name("encoder", name, ENCODERS)
         encoder = load_encoder(name, None, representation, dtype)
         shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich import box
 from rich.table import Table
 
+from ur_jax import devices
 from ur_jax.attacks import u_pgd
 from ur_jax.certify import CenterConfig
 from ur_jax.certify.sampling import sample_outputs
@@ -100,12 +101,12 @@ def topology_devices(topology: str) -> list[jax.Device]:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        devices = topologies.get_topology_desc(topology, "tpu").devices
-        kind = devices[0].device_kind
-        if any(device.core_on_chip for device in devices) and kind not in _SEPARATE_CORES:
+        chips = topologies.get_topology_desc(topology, "tpu").devices
+        kind = chips[0].device_kind
+        if any(chip.core_on_chip for chip in chips) and kind not in _SEPARATE_CORES:
             described = topologies.get_topology_desc(topology, "tpu", chip_config_name="megacore")
-            devices = described.devices
-        return list(devices)
+            chips = described.devices
+        return list(chips)
     except Exception as error:  # libtpu and XLA have no common class for it
         raise UserError(
             f"Expected a TPU topology such as v5e:16x16, v4:2x2x2 or v6e:4x4, and libtpu "
@@ -130,7 +131,8 @@ def compile_encoder(
     over the chips of a host.
 
     Args:
-      name: the encoder, see `list_encoders`; its weights are not needed.
+      name: the encoder, see `list_encoders`, whose weights are not needed; or what `load_encoder`
+        takes.
       topology: see `topology_devices`.
       protocol: of attacks and neighbours.
       center: of certificates.
@@ -142,9 +144,9 @@ def compile_encoder(
     Yields:
       One result per function.
     """
-    devices = topology_devices(topology)
-    mesh = devices.data_mesh(devices)
-    num_hosts = len({device.process_index for device in devices})
+    chips = topology_devices(topology)
+    mesh = devices.data_mesh(chips)
+    num_hosts = len({chip.process_index for chip in chips})
     batch_size = protocol.batch_size or EvaluationConfig.batch_size
     num_images = max(1, batch_size * num_hosts // mesh.size) * mesh.size
     encoder = loading.abstract_encoder(name, "paper", dtype)
@@ -201,7 +203,7 @@ def compile_encoder(
     )
     for title, fn, arguments, count in todo:
         on_progress(f"{name}: {title} ...")
-        yield _compile(name, title, fn, arguments, count, devices[0].device_kind)
+        yield _compile(name, title, fn, arguments, count, chips[0].device_kind)
 
 
 def table(topology: str, results: list[Compiled]) -> Table:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from ur_jax.devices import check_divisible, data_mesh
+from ur_jax.encoders import loading
 from ur_jax.encoders.base import DTYPES
 from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import UserError, unknown_name
@@ -30,7 +31,7 @@ class Sweep:
 
     Attributes:
       works: names of `work.WORKS`.
-      encoders: names of `ENCODERS`.
+      encoders: names of `ENCODERS`, or what `load_encoder` takes.
       dtypes: "float32", "bfloat16".
       batch_sizes: images over all devices.
       num_steps: steps of an attack.
@@ -57,7 +58,8 @@ class Sweep:
         known = {"works": work.WORKS, "encoders": ENCODERS, "dtypes": DTYPES}
         for field, names in known.items():
             for name in getattr(self, field):
-                if name not in names:
+                is_loadable = field == "encoders" and loading.is_loadable(name)
+                if name not in names and not is_loadable:
                     raise unknown_name(field.removesuffix("s"), name, names)
         counts = ("num_steps", "num_samples", "num_center", "num_rows", "repeats")
         for name, value in [(n, getattr(self, n)) for n in counts] + [
@@ -248,7 +250,8 @@ def run(
         try:
             workloads = [work.WORKS[name].make(size), *others(name, size)]
             times = time_by_turns(workloads, repeats)
-        except RuntimeError as error:  # both libraries' "out of memory": the other cases go on
+        # Both libraries' "out of memory", or no such work of this encoder: the other cases go on.
+        except (RuntimeError, UserError) as error:
             context["left_out"].append(f"{label}: {str(error).splitlines()[0]}")
             continue
         results += _results(name, size, workloads, times, peaks)

@@ -19,6 +19,7 @@ from ur_jax.devices import data_mesh, replicate, shard
 from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
 from ur_jax.encoders.zoo import ENCODERS
+from ur_jax.errors import UserError
 from ur_jax.performance.timing import Workload
 from ur_jax.types import Array, PyTree
 
@@ -30,7 +31,8 @@ class Size(NamedTuple):
     """How much one run does.
 
     Attributes:
-      encoder: a name of `ENCODERS`; "demo" has its trained weights, the others random ones.
+      encoder: a name of `ENCODERS` ("demo" has its trained weights, the others random ones), or
+        what `load_encoder` takes.
       dtype: compute dtype.
       batch_size: images, over all devices.
       num_steps: steps of an attack.
@@ -50,9 +52,9 @@ class Size(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def make_encoder(name: str, dtype: str) -> Encoder:
-    """Returns an encoder by name, with random weights where none ship: no speed depends on them."""
-    if name == "demo":
-        return loading.load_encoder("demo", dtype=dtype)
+    """Returns an encoder, a published one with random weights: no speed depends on them."""
+    if name == "demo" or name not in ENCODERS:
+        return loading.load_encoder(name, dtype=dtype)
     return loading.make_encoder(ENCODERS[name], random_variables(name), dtype=dtype)
 
 
@@ -73,7 +75,7 @@ def random_variables(name: str) -> PyTree:
 
 def random_images(size: Size) -> np.ndarray:
     """Images [batch_size,H,W,3] float32 in [0,1]."""
-    shape = (size.batch_size, *ENCODERS[size.encoder].input_size, 3)
+    shape = (size.batch_size, *make_encoder(size.encoder, size.dtype).input_size, 3)
     return np.random.default_rng(1).random(shape, np.float32)
 
 
@@ -182,6 +184,8 @@ def training(size: Size) -> Workload:
     from ur_jax.encoders.networks import heads
     from ur_jax.encoders.networks.network import Network
 
+    if size.encoder not in ENCODERS:
+        raise UserError(f"Training is measured of published networks, not of {size.encoder!r}.")
     spec = ENCODERS[size.encoder]
     variables = random_variables(size.encoder)
     network = spec.network(folded=False)
