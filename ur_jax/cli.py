@@ -19,10 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-import fsspec
 import jax
 import tyro
 from etils import epath
+from fsspec import config as fsspec_config
 
 import ur_jax
 from ur_jax import registry
@@ -179,7 +179,7 @@ def keep_compilations() -> None:
 
     JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "ur_jax"))
 
@@ -187,7 +187,7 @@ def keep_compilations() -> None:
 def list_buckets_anew() -> None:
     """Keeps no listing of a bucket in memory: other hosts write there too."""
     for protocol in ("gs", "gcs", "s3"):
-        fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
+        fsspec_config.conf.setdefault(protocol, {})["use_listings_cache"] = False
 
 
 def parse(command: Command, args: Sequence[str], prog: str | None = None) -> Any:

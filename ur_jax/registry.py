@@ -158,7 +158,7 @@ def import_module(module: str) -> ModuleType:
     if known is None:
         sys.path.insert(0, str(path.parent))
         known = importlib.import_module(path.stem)
-    if getattr(known, "__file__", None) is None or Path(known.__file__).resolve() != path:
+    if Path(getattr(known, "__file__", None) or "").resolve() != path:
         raise UserError(f"{path} has the name of another module, {path.stem!r}; rename the file.")
     return known
 

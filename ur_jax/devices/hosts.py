@@ -69,5 +69,5 @@ def _is_launched() -> bool:
     if any(int(count) > 1 for count in tasks):
         return True
     has_tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
-    allowed = "tpu" in (jax.config.jax_platforms or "tpu")
+    allowed = "tpu" in (jax.config.jax_platforms or "tpu")  # pyright: ignore
     return has_tpu and allowed and importlib.util.find_spec("libtpu") is not None

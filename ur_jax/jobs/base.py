@@ -40,6 +40,7 @@ from ur_jax.runs.summary import Summary
 from ur_jax.types import Curve
 
 J = TypeVar("J", bound="Job")
+J = TypeVar("J", bound="Job")
 EncoderLike = Encoder | str
 ImagesLike = ImageSource | str
 ProbeLike = Classifier | str

@@ -60,7 +60,7 @@ _WRONG = ("failed", "blocked")
 def main(config: Config) -> int:
     """Runs what is not finished; returns the exit status."""
     if config.compile_only is not None:
-        return compile_only(config)
+        return compile_only(config, config.compile_only)
     whole = make_plan(config)
     chosen = whole.select(config.only)
     if config.dry_run:
@@ -201,7 +201,7 @@ def write_report(config: Config) -> None:
     build.main(build.Config(config.workdir))
 
 
-def compile_only(config: Config) -> int:
+def compile_only(config: Config, topology: str) -> int:
     """Compiles the preset's hot functions for a TPU topology; prints what each needs."""
     from ur_jax.performance import ahead  # above the jobs, whose functions it compiles
 
@@ -210,7 +210,7 @@ def compile_only(config: Config) -> int:
     for text in config.encoders or loading.packaged():
         for row in ahead.compile_encoder(
             EncoderEntry.of(text).place,
-            config.compile_only,
+            topology,
             protocol=config.protocol,
             center=config.certificates.center,
             dtype=config.dtype,
@@ -218,5 +218,5 @@ def compile_only(config: Config) -> int:
         ):
             show(f"  {row.memory / 2**30:.2f} GiB per chip, {row.seconds:.0f} s to compile")
             rows.append(row)
-    console.print(ahead.table(config.compile_only, rows))
+    console.print(ahead.table(topology, rows))
     return int(not all(row.fits for row in rows))

@@ -232,16 +232,22 @@ class LabelFree(Job):
         """Whether clean representations of the bank are needed."""
         return bool(set(self.stages) - {"overlap"})
 
+    @property
+    def _batch_size(self) -> int:
+        """Images per batch, of a job that is `settled`."""
+        assert self.protocol.batch_size is not None
+        return self.protocol.batch_size
+
     def _bank(self, session: Session) -> Session:
         """The session in the folder of the bank."""
         config, source = self.protocol, self.source()
         num_images = config.num_clean or len(source)
-        return parts.with_bank(session, self.model, source, num_images, config.batch_size)
+        return parts.with_bank(session, self.model, source, num_images, self._batch_size)
 
     def _clean(self, session: Session) -> None:
         """Clean representations of the bank: {"index" (N,), "clean" (N,D)}."""
         indices = evenly_spaced(len(self.source()), self.protocol.num_clean or len(self.source()))
-        stage = parts.Stage("clean", "clean representations", (indices,), self.protocol.batch_size)
+        stage = parts.Stage("clean", "clean representations", (indices,), self._batch_size)
         parts.clean_representations(self._bank(session), self.model, self.source(), stage)
 
     def _attacks(self, session: Session) -> None:
@@ -319,7 +325,7 @@ class LabelFree(Job):
         """Computes this host's missing parts of a stage."""
         parts.run_stage(
             session,
-            parts.Stage(name, title, indices, self.protocol.batch_size),
+            parts.Stage(name, title, indices, self._batch_size),
             self.source(),
             compute,
             input_size=self.model.input_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,9 @@ def attack_rows(
     for eps in config.eps:
         for mode in ("untargeted", "targeted"):
             part = run.read_parts(f"{mode}_{eps:g}")
-            values = {"cosine_similarity": {None: part["cosine_similarity"]}}
+            values: dict[str, dict[Any, Any]] = {
+                "cosine_similarity": {None: part["cosine_similarity"]}
+            }
             shares = {
                 d: metrics.universal_quantile(
                     distributions[d], part[f"dist_{d}"], nearest_level=config.nearest_level
@@ -194,6 +196,7 @@ def attack_curves(folder: Path, scale: float | None) -> Iterator[Curve]:
                 distances = distances[distances[:, 0] > 0]  # two copies of an image have none
                 relative = distances / distances[:, :1]
             else:
+                assert scale is not None
                 relative = distances / scale
             estimates = [median_interval(column) for column in relative.T]
             value, low, high, _ = np.array(estimates).T

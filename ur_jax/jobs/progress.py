@@ -116,7 +116,7 @@ def counter(
 
 def _notebook_line(description: str, total: int, time_left: bool) -> Callable[[int, str], None]:
     """A line of a notebook's output that is written anew: no widget has to be installed for it."""
-    from IPython.display import display
+    from IPython.display import display  # pyright: ignore[reportMissingImports]
 
     start = time.monotonic()
     handle = display({"text/plain": description}, raw=True, display_id=True)

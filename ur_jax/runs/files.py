@@ -17,7 +17,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -138,7 +138,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> dict[str, np
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
-def as_folder(path: str | os.PathLike) -> epath.Path:
+def as_folder(path: str | os.PathLike) -> Path:
     """A folder of a file system or a bucket.
 
     Raises:
@@ -150,7 +150,7 @@ def as_folder(path: str | os.PathLike) -> epath.Path:
             f"Expected a bucket as gs://BUCKET/FOLDER, got {text!r}: pathlib drops a slash. Give a "
             "string or an etils.epath.Path."
         )
-    return epath.Path(text)
+    return cast(Path, epath.Path(text))  # which has all of its methods
 
 
 def is_in_bucket(path: str | os.PathLike) -> bool:
@@ -173,7 +173,7 @@ def _json_hash(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """A JSON value for what `json` does not know."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         return np.asarray(value).tolist()

@@ -57,7 +57,8 @@ class Run:
         """Writes one finished part, atomically, with its own SHA-256."""
         plain = {name: np.asarray(value) for name, value in arrays.items()}
         with atomic_path(self.part(stage, number)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **plain, **{_CHECKSUM: np.array(_hash(plain))})
+            arrays_of_file: dict[str, Any] = plain | {_CHECKSUM: np.array(_hash(plain))}
+            np.savez(file, **arrays_of_file)
 
     def read_parts(self, stage: str) -> dict[str, np.ndarray]:
         """All finished parts of a stage, joined along the leading axis; {} if there are none.
@@ -132,7 +133,7 @@ def _hash(arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

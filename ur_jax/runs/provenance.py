@@ -24,8 +24,13 @@ def provenance() -> dict[str, Any]:
         "commit": _commit(),
         "versions": {package: _version(package) for package in _PACKAGES},
         "device": f"{len(devices)} x {devices[0].device_kind}",
-        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        "matmul_precision": _matmul_precision(),
     }
+
+
+def _matmul_precision() -> str:
+    """Precision of products in float32."""
+    return jax.config.jax_default_matmul_precision or "default"  # pyright: ignore
 
 
 def _version(package: str) -> str:

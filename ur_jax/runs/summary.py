@@ -163,7 +163,7 @@ class Summary:
         except ImportError:
             pass
         try:
-            import polars
+            import polars  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError(
                 "A data frame needs pandas or polars: install one, or use to_arrow()."
@@ -242,7 +242,7 @@ def _number(value: float | None, missing: float) -> float:
 
 def _row(content: Mapping[str, Any]) -> Row:
     """A row of JSON: a value that is null was infinite (an abstention), an end was not there."""
-    values = {
+    values: dict[str, Any] = {
         "value": _number(content["value"], math.inf),
         "low": _number(content["low"], math.nan),
         "high": _number(content["high"], math.nan),
