@@ -16,6 +16,7 @@ import numpy as np
 
 from ur_jax.encoders import checkpoints, factories, torch_files
 from ur_jax.encoders.base import Encoder, Origin, check_finite, from_fn
+from ur_jax.encoders.identity import described as described
 from ur_jax.encoders.networks.layers import fold_batch_norm
 from ur_jax.encoders.networks.network import NetworkFn
 from ur_jax.encoders.zoo import ENCODERS
@@ -347,16 +348,6 @@ def representation_dimensions(
 def weights_hash(encoder: Encoder) -> str:
     """Returns the SHA-256 of an encoder's parameters as it uses them, for records."""
     return checkpoints.tree_hash(encoder.params)
-
-
-def described(encoder: Encoder) -> dict[str, str]:
-    """What identifies an encoder in a record: its name, output, dtype and weights."""
-    return {
-        "encoder": encoder.name,
-        "representation": encoder.representation,
-        "dtype": encoder.dtype,
-        "weights_sha256": weights_hash(encoder),
-    }
 
 
 def _encoder(spec, variables, config, representation, dtype, fold) -> Encoder:

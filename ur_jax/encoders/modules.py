@@ -31,8 +31,8 @@ def from_linen(
 ) -> Encoder:
     """Makes an encoder of a Flax linen module, in inference mode.
 
-    Equal modules give equal functions: those of two encoders with the same architecture are
-    compiled once.
+    Equal modules give equal functions, which are compiled once; a module with a list or an array
+    among its fields is equal only to itself.
 
     Args:
       module: the module, which maps normalised images (B,H,W,3) to (B,D).
@@ -46,7 +46,7 @@ def from_linen(
       The encoder.
 
     Raises:
-      UserError: as `from_fn`; for an nnx module, or a module that cannot be hashed.
+      UserError: as `from_fn`; for an nnx module.
     """
     if not isinstance(module, nn.Module):
         raise UserError(
@@ -58,8 +58,10 @@ def from_linen(
         takes = inspect.signature(called).parameters
         keywords = {name: value for name, value in _INFERENCE.items() if name in takes}
     name = method if isinstance(method, str) else getattr(method, "__name__", "__call__")
-    apply_fn = LinenFn(module, name, tuple(sorted(keywords.items())))
-    _check_hashable(apply_fn, module)
+    if isinstance(module, nn.Sequential):
+        module = module.clone(layers=tuple(module.layers))  # a list has no hash
+    keywords = tuple(sorted(keywords.items()))
+    apply_fn = LinenFn(module if _is_hashable(module) else _Itself(module), name, keywords)
     return from_fn(apply_fn, variables, **{"name": type(module).__name__, **settings})
 
 
@@ -77,7 +79,7 @@ def from_nnx(model: nnx.Module, **settings: Any) -> Encoder:
       The encoder; its parameters are the model's state, but for random number generators.
 
     Raises:
-      UserError: as `from_fn`; for a linen module, or a module that cannot be hashed.
+      UserError: as `from_fn`; for a linen module.
     """
     if not isinstance(model, nnx.Module):
         raise UserError(
@@ -87,8 +89,7 @@ def from_nnx(model: nnx.Module, **settings: Any) -> Encoder:
     copy = nnx.clone(model)
     copy.eval()
     graph, generators, state = nnx.split(copy, nnx.RngState, ...)
-    apply_fn = NnxFn(graph, _Frozen(generators))
-    _check_hashable(apply_fn, model)
+    apply_fn = NnxFn(graph if _is_hashable(graph) else _Itself(graph), _Frozen(generators))
     state = nnx.to_pure_dict(state)
     return from_fn(apply_fn, state, **{"name": type(model).__name__, **settings})
 
@@ -97,23 +98,25 @@ def from_nnx(model: nnx.Module, **settings: Any) -> Encoder:
 class LinenFn:
     """(variables, images) -> what a method of a linen module gives; equal for equal modules."""
 
-    module: nn.Module
+    module: nn.Module | _Itself
     method: str = "__call__"
     keywords: tuple[tuple[str, Hashable], ...] = ()
 
     def __call__(self, variables: PyTree, images: Array) -> Array:
-        return self.module.apply(variables, images, method=self.method, **dict(self.keywords))
+        module = self.module.value if isinstance(self.module, _Itself) else self.module
+        return module.apply(variables, images, method=self.method, **dict(self.keywords))
 
 
 @dataclasses.dataclass(frozen=True)
 class NnxFn:
     """(state, images) -> what an nnx module gives; equal for equal modules."""
 
-    graph: nnx.GraphDef
+    graph: nnx.GraphDef | _Itself
     generators: _Frozen
 
     def __call__(self, state: PyTree, images: Array) -> Array:
-        model = nnx.merge(self.graph, self.generators.value, state)
+        graph = self.graph.value if isinstance(self.graph, _Itself) else self.graph
+        model = nnx.merge(graph, self.generators.value, state)
         return model(images)
 
 
@@ -124,12 +127,17 @@ class _Frozen:
     value: Any = dataclasses.field(compare=False)
 
 
-def _check_hashable(apply_fn: Hashable, module: Any) -> None:
-    """Raises UserError for a module that `jit` cannot tell from others."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Itself:
+    """What has no hash, hence is equal to itself only."""
+
+    value: Any
+
+
+def _is_hashable(value: Any) -> bool:
+    """Whether `jit` can tell it from others by its content."""
     try:
-        hash(apply_fn)
-    except TypeError as error:
-        raise UserError(
-            f"Expected a module whose fields can be hashed (tuples for lists, no arrays), got "
-            f"{type(module).__name__} with one that cannot: {error}."
-        ) from error
+        hash(value)
+    except TypeError:
+        return False
+    return True
