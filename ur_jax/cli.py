@@ -71,10 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(name, words)
 
 
+def names() -> tuple[str, ...]:
+    """Every command."""
+    return tuple(sorted((*JOBS, *_SCRIPTS)))
+
+
 def usage() -> str:
     """The commands, a line each."""
     lines = ["usage: ur-jax COMMAND [flags]; COMMAND --help tells its flags", ""]
-    for name in sorted((*JOBS, *_SCRIPTS)):
+    for name in names():
         lines.append(f"  {name:<18}{find(name).description.strip().splitlines()[0]}")
     return "\n".join(lines)
 

@@ -1,0 +1,89 @@
+"""What the READMEs say runs: their Python as it stands, their commands with flags that exist."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import doctest
+import importlib
+import os
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+
+import ur_jax
+from ur_jax import cli
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = pathlib.Path(ur_jax.__file__).parent
+READMES = sorted(
+    path
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("experiments/**/*.md"), *PACKAGE.rglob("*.md"))
+)
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def blocks(path: pathlib.Path, language: str) -> list[str]:
+    """The fenced blocks of a language in a README."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in READMES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_python_runs(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    namespace: dict = {}
+    for block in blocks(path, "python"):
+        name = re.match(r"# (\w+\.py)\n", block)
+        if name:  # a file that the reader is to write
+            (tmp_path / name[1]).write_text(block)
+            made = getattr(importlib.import_module(name[1][:-3]), "make", None)
+            assert made is None or isinstance(made(), ur_jax.Encoder)
+            sys.modules.pop(name[1][:-3])
+        else:
+            exec(compile(block, f"{path.name}", "exec"), namespace)
+
+
+def commands(text: str):
+    """(command, its words) of every `ur-jax X` and `python experiments/X.py` in a text."""
+    text = re.sub(r"\\\\?\n\s*", " ", text)
+    found = r"(?:ur-jax|python (?:-m ur_jax\.cli|experiments/))\s*([\w-]+)(?:\.py)?([^`\n#|]*)"
+    for name, rest in re.findall(found, text):
+        name = name.replace("_", "-")
+        if name in cli.names():
+            yield name, rest.strip()
+
+
+def cases():
+    for path in READMES:
+        yield from ((str(path.relative_to(ROOT)), *each) for each in commands(path.read_text()))
+    for path in MODULES:
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        yield from ((str(path.relative_to(PACKAGE)), *each) for each in commands(text))
+
+
+@pytest.mark.parametrize("where, name, flags", sorted(set(cases())))
+def test_commands_have_flags_that_exist(where, name, flags):
+    words = shlex.split(re.sub(r"[;.]$|\s\.\.\.$|\)$|`.*", "", flags.split("  ")[0]))
+    known = cli.find(name)
+    if not words or any(word.startswith(("…", "...")) for word in words):
+        return
+    stream = open(os.devnull, "w")  # noqa: SIM115
+    with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(stream):
+        try:
+            cli.parse(known, words)
+        except SystemExit as ended:
+            pytest.fail(f"{where}: ur-jax {name} {flags}: {ended}")
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if ">>> " in p.read_text()], ids=lambda p: p.stem
+)
+def test_examples_in_docstrings(path):
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
