@@ -194,7 +194,7 @@ def compiled_text(classifier, mesh):
     tables = jax.tree.map(jnp.asarray, _tables(CONFIG))
     rows = Rows(
         images=jnp.zeros((8, *SHAPE)),
-        index=jnp.zeros(8, jnp.int32),
+        indices=jnp.zeros(8, jnp.int32),
         extra=(),
         pieces=jnp.zeros(8, jnp.int32),
         counts=jnp.zeros((8, 3), jnp.int32),

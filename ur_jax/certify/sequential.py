@@ -21,6 +21,7 @@ whatever the slots, devices and batches: the outcome depends on the noise alone.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -51,19 +52,28 @@ class Method(Protocol):
       num_events: E, the number of events counted.
     """
 
-    sigma: float
-    clip: bool
-    first: int
-    n0: int
-    n: int
-    step: int
-    num_events: int
+    @property
+    def sigma(self) -> float: ...
+    @property
+    def clip(self) -> bool: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def n0(self) -> int: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def num_events(self) -> int: ...
 
     def observe(self, model: PyTree, extra: PyTree, images: Array) -> tuple[Array, Array]:
         """Returns events [B,E] int32 and whether the outputs are finite [B], of noisy images."""
+        ...
 
     def decide(self, tables: PyTree, rows: Rows) -> Rows:
         """Updates `answer`, `counts` and `done` of all rows, each after its latest piece."""
+        ...
 
 
 class Rows(NamedTuple):
@@ -71,7 +81,7 @@ class Rows(NamedTuple):
 
     Attributes:
       images: [Q,H,W,C] float32.
-      index: [Q] int32, index of the image.
+      indices: [Q] int32, index of each image.
       extra: what the method knows of the image before the test.
       pieces: [Q] int32, number of pieces taken into account.
       counts: [Q,E] int32, events so far.
@@ -81,7 +91,7 @@ class Rows(NamedTuple):
     """
 
     images: Array
-    index: Array
+    indices: Array
     extra: PyTree
     pieces: Array
     counts: Array
@@ -90,19 +100,19 @@ class Rows(NamedTuple):
     done: Array
 
 
-def num_selection_pieces(method: Method) -> int:
-    """Returns the number of pieces before the test."""
-    return math.ceil(method.n0 / method.step)
+def num_selection_pieces(n0: int, step: int) -> int:
+    """Returns the number of pieces that n0 samples before the test take."""
+    return math.ceil(n0 / step)
 
 
 def num_pieces(method: Method) -> int:
     """Returns the number of pieces after which an image is done at the latest."""
-    return num_selection_pieces(method) + math.ceil(method.n / method.step)
+    return num_selection_pieces(method.n0, method.step) + math.ceil(method.n / method.step)
 
 
 def _sample_index(method, piece, offset):
     """Index of a sample from its piece and its place in there, and whether there is one."""
-    selection = num_selection_pieces(method)
+    selection = num_selection_pieces(method.n0, method.step)
     place = piece * method.step + offset
     tested = place - selection * method.step
     in_test = piece >= selection
@@ -160,7 +170,7 @@ def advance(
             exists &= item < num_items
             row = row_of_slot[slot]
             noisy = noisy_samples(
-                rows.images[row], key, rows.index[row], sample, sigma=method.sigma, clip=method.clip
+                rows.images[row], key, rows.indices[row], sample, sigma=method.sigma, clip=method.clip
             )
             extra = jax.tree.map(lambda x: x[row], rows.extra)
             events, finite = method.observe(model, extra, noisy)
@@ -225,7 +235,8 @@ def _insert(rows, position, row):
     return jax.tree.map(lambda all_, one: all_.at[position].set(one), rows, row)
 
 
-class Outcome(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Outcome:
     """What is left of an image's row when it is decided; host arrays.
 
     Attributes:
@@ -282,8 +293,8 @@ def stream(
         advance, method=method, mesh=mesh, num_slots=num_slots, batch_size=batch_size
     )
     jobs = iter(jobs)
-    rows, free, more = None, list(range(capacity)), True
-    rounds = 1
+    rows: Rows | None = None
+    free, more, rounds = list(range(capacity)), True, 1
     while True:
         while more and free:
             job = next(jobs, None)
@@ -294,7 +305,7 @@ def stream(
             if rows is None:
                 rows = _empty_rows(mesh, row, capacity)
             rows = _insert(rows, free.pop(0), replicate(mesh, row))
-        if len(free) == capacity:
+        if rows is None or len(free) == capacity:
             return
         low_water = num_slots if more else 1
         before, started = np.array(rows.pieces), time.monotonic()
@@ -310,7 +321,7 @@ def stream(
                 free.append(i)
                 at = jax.tree.map(operator.itemgetter(i), host)
                 yield Outcome(
-                    int(at.index), int(at.pieces), at.counts, int(at.num_bad), at.extra, at.answer
+                    int(at.indices), int(at.pieces), at.counts, int(at.num_bad), at.extra, at.answer
                 )
 
 
@@ -318,7 +329,7 @@ def _fresh_row(method, index, image, extra, answer):
     """One image's row before its first piece."""
     return Rows(
         images=jnp.asarray(image, jnp.float32),
-        index=jnp.int32(index),
+        indices=jnp.int32(index),
         extra=jax.tree.map(jnp.asarray, extra),
         pieces=jnp.int32(0),
         counts=jnp.zeros(method.num_events, jnp.int32),

@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -35,8 +33,8 @@ import tyro
 from jax.sharding import Mesh
 
 from ur_jax import devices, metrics, runs
-from ur_jax.certify.registry import CERTIFICATES, Certificate, CertificateKind, kind_of
-from ur_jax.data import ImageBatch, evenly_spaced, image_batches
+from ur_jax.certify.registry import CERTIFICATES, CertificateKind, kind_of
+from ur_jax.data import ImageBatch, evenly_spaced
 from ur_jax.data.labels import check_labelled, labels_of, match_probe
 from ur_jax.devices.memory import fit_batch_size
 from ur_jax.encoders import checkpoints
@@ -44,6 +42,7 @@ from ur_jax.encoders.base import Encoder
 from ur_jax.errors import NotFoundError, UserError
 from ur_jax.jobs import parts
 from ur_jax.jobs.base import Job, ProbeLike, Session, register
+from ur_jax.jobs.certify_parts import Images, Labels, Meter, finished, keep
 from ur_jax.jobs.progress import counted
 from ur_jax.probes.checkpoint import identified, load_probe
 from ur_jax.probes.classifier import Classifier, nearest_image_classifier
@@ -54,12 +53,7 @@ from ur_jax.types import Curve
 BANK_BATCH = 64
 """Images per batch of a shared bank, over all devices."""
 
-_STAGE = "certificates"
-_FLUSH_SECONDS = 5.0
-_LOAD_BATCH = 8
 _NEAREST = "nearest"
-
-Labels = Callable[[ImageBatch], np.ndarray]
 
 
 @register("certify")
@@ -99,7 +93,8 @@ class Certify(Job):
         """Settings of the certificate."""
         if self.config is not None:
             return self.config
-        return getattr(self, self.certificate, None) or self._kind.preset()
+        group = getattr(self, _field(self.certificate), None)  # of a command line
+        return group if isinstance(group, self._kind.settings) else self._kind.preset()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -132,7 +127,8 @@ class Certify(Job):
             return job
         if not checkpoints.is_saved(job.probe):
             return job
-        return dataclasses.replace(job, probe=load_probe(job.probe, job.model))
+        sigma = getattr(job.smoothing, "sigma", None)
+        return dataclasses.replace(job, probe=load_probe(job.probe, job.model, sigma=sigma))
 
     def check(self, mesh: Mesh) -> None:
         if type(self.smoothing) is not self._kind.settings:
@@ -143,29 +139,44 @@ class Certify(Job):
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"Expected batch_size >= 1, got {self.batch_size}.")
         indices = evenly_spaced(len(self.source()), self.num_images)
-        if not self._takes_probe or self.probe == _NEAREST:
-            return
+        if self._takes_probe:
+            self._check_probe(indices)
+        elif self.probe is not None:
+            raise UserError(
+                f"Expected no probe for the certificate {self.certificate!r}, which is one of the "
+                f"encoder itself; got {self.probe if isinstance(self.probe, str) else 'one'}."
+            )
+
+    def _check_probe(self, indices: np.ndarray) -> None:
+        """Raises UserError for a probe that is not there, or labels that it cannot have."""
         if self.probe is None:
             raise UserError(
                 f"Expected --probe with --method {self.certificate}: a checkpoint directory of a "
                 "linear probe, or nearest, which needs no labels."
             )
-        if isinstance(self.probe, str):
+        if self.probe == _NEAREST:
+            if len(indices) < 2 or self.class_map:
+                raise UserError(
+                    "Expected at least 2 images and no class map with --probe nearest, whose "
+                    f"classes are the images; got {len(indices)} and {list(self.class_map)}."
+                )
+        elif isinstance(self.probe, str):
             raise NotFoundError(f"There is no probe at {self.probe}; check the path, or train one.")
-        if self.source().class_names:
+        elif self.source().class_names:
             self._classes()
             check_labelled(self.source(), indices)
 
     def compute(self, session: Session) -> None:
         model, labels = self._smoothed(session)
         size = self.batch_size or self._fitting_batch_size(session, model)
-        rows = finished(session.run)  # of all hosts: there may have been another number of them
-        mine = self._indices[session.host :: session.num_hosts]
+        run, host = session.run, session.host
+        rows = finished(run)  # of all hosts: there may have been another number of them
+        mine = self._indices[host :: session.num_hosts]
         done = np.isin(mine, rows["index"] if rows else ())
         certified = np.isin(mine, rows["index"][~rows["abstained"]] if rows else ())
-        images = _Images(self, labels, mine[~done])
+        images = Images(self.source(), mine[~done], self.model, labels)
         with counted(session.progress, "certificates", len(mine)) as update:
-            meter = _Meter(len(mine), int(done.sum()), int(certified.sum()), update)
+            meter = Meter(len(mine), int(done.sum()), int(certified.sum()), update)
             certificates = self._kind.certify(
                 model,
                 iter(images),
@@ -176,10 +187,11 @@ class Certify(Job):
                 batch_size=size,
                 on_progress=meter.sampled,
             )
-            self._keep(session, certificates, images, meter)
+            keep(run, host, certificates, images, meter, seed=self.seed)
             meter.show()
-        unreadable = np.array(sorted(images.unreadable.items()), np.str_).reshape(-1, 2)
-        session.run.write_part(f"unreadable-{session.host}", 0, {"unreadable": unreadable})
+        if images.unreadable:
+            pairs = np.array(sorted(images.unreadable.items()), np.str_)
+            run.write_part(f"unreadable-{host}", 0, {"unreadable": pairs})
         if self._kind.relative is not None:
             self._clean_of_distribution(session)
 
@@ -222,7 +234,7 @@ class Certify(Job):
     def curves(
         cls, folder: Path, summary: Summary, siblings: Mapping[str, Summary]
     ) -> Iterator[Curve]:
-        kind = CERTIFICATES.get(summary.identity.get("method"))
+        kind = CERTIFICATES.get(summary.identity.get("method", ""))
         if kind is not None:
             yield from kind.curves(runs.read_table(folder / "certificates.parquet"))
 
@@ -292,37 +304,6 @@ class Certify(Job):
             run.write_part(stage, 0, {"batch_size": [size]})
         return int(run.read_parts(stage)["batch_size"][0])
 
-    def _keep(
-        self,
-        session: Session,
-        certificates: Iterable[tuple[int, Certificate]],
-        images: _Images,
-        meter: _Meter,
-    ) -> None:
-        """Writes finished rows every few seconds."""
-        run, stage = session.run, f"{_STAGE}-{session.host}"
-        rows: list[dict[str, Any]] = []
-        number, last = run.num_parts(stage), time.monotonic()
-
-        def write():
-            run.write_part(stage, number, {name: [row[name] for row in rows] for name in rows[0]})
-
-        for index, certificate in certificates:
-            row = {**images.described.pop(index), "seed": self.seed, **certificate._asdict()}
-            if certificate.num_bad:
-                warnings.warn(
-                    f"{row['name']}: {certificate.num_bad} outputs are NaN or infinite; not "
-                    f"certified. Check the encoder on this image, or use float32.",
-                    stacklevel=3,
-                )
-            texts = {k: ", ".join(v) for k, v in row.items() if isinstance(v, tuple)}
-            rows.append({**row, **texts, "seconds": meter.finished(certificate)})
-            if time.monotonic() - last > _FLUSH_SECONDS:
-                write()
-                rows, number, last = [], number + 1, time.monotonic()
-        if rows:
-            write()
-
     def _unreadable(self, run: Run, readable: np.ndarray) -> dict[str, str]:
         """{name: reason} of the images without a certificate."""
         folder = run.path / "parts"
@@ -333,113 +314,35 @@ class Certify(Job):
         return {name: reasons.get(name, "") for name in names}
 
 
-def finished(run: Run) -> dict[str, np.ndarray]:
-    """Finished rows of all hosts; {} if there are none."""
-    stages = sorted(path.name for path in (run.path / "parts").glob(f"{_STAGE}-*"))
-    found = [run.read_parts(stage) for stage in stages if run.num_parts(stage)]
-    names = found[0] if found else ()
-    return {name: np.concatenate([part[name] for part in found]) for name in names}
-
-
-class _Images:
-    """Readable images one by one, with what is known of each.
-
-    Attributes:
-      described: {index: columns} of the images that were taken.
-      unreadable: {name: reason} of those that could not be.
-    """
-
-    def __init__(self, job: Certify, labels: Labels, indices: np.ndarray):
-        self.job, self.labels, self.indices = job, labels, indices
-        self.described: dict[int, dict[str, Any]] = {}
-        self.unreadable: dict[str, str] = {}
-        self._taken: list[int] = []
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        if not len(self.indices):
-            return
-        encoder = self.job.model
-        batches = image_batches(
-            self.job.source(), self.indices, input_size=encoder.input_size,
-            preparation=encoder.preparation, batch_size=_LOAD_BATCH,
-        )  # fmt: skip
-        for batch in batches:
-            self.unreadable |= dict(batch.unreadable)
-            labels = self.labels(batch)
-            for row in np.flatnonzero(batch.mask):
-                index, label = int(batch.indices[row]), int(labels[row])
-                self.described[index] = {"index": index, "name": batch.names[row], "label": label}
-                self._taken.append(index)
-                yield batch.images[row]
-
-    def taken(self) -> Iterator[int]:
-        """The index of each image that was taken, asked for after it."""
-        while True:
-            yield self._taken.pop(0)
-
-
-class _Meter:
-    """Counts samples and images, and shows them.
-
-    Args:
-      num_images: of this host.
-      num_done: finished ones, also those of earlier sessions.
-      num_certified: those of them that are certified.
-      update: shows a number of images and a text.
-    """
-
-    def __init__(self, num_images: int, num_done: int, num_certified: int, update: Any):
-        self.num_images, self.num_done, self.num_certified = num_images, num_done, num_certified
-        self.update = update
-        self.samples = self.session_done = self.session_drawn = 0
-        self.start = time.monotonic()
-
-    def sampled(self, num_samples: int) -> None:
-        """Takes further samples into account."""
-        self.samples += num_samples
-        self.show()
-
-    def finished(self, certificate: Certificate) -> float:
-        """Takes a finished image into account; returns the seconds that its samples took."""
-        self.num_done += 1
-        self.num_certified += not certificate.abstained
-        self.session_done += 1
-        self.session_drawn += certificate.num_drawn
-        return certificate.num_drawn / max(self.rate(), 1e-9)
-
-    def rate(self) -> float:
-        """Samples per second, of this session."""
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        return max(self.samples, self.session_drawn) / seconds
-
-    def show(self) -> None:
-        """How far it is: images decided one after the other say little, samples per image do."""
-        left = "time left unknown"
-        if self.session_done:
-            samples = (self.num_images - self.num_done) * self.session_drawn / self.session_done
-            left = f"{samples / max(self.rate(), 1e-9):,.0f} s left"
-        text = f"{self.num_certified} certified, {self.rate():,.0f} samples/s, {left}"
-        self.update(self.num_done, text)
-
-
 def _on_one_device(session: Session) -> Session:
     """The session with one device: the same bits on any number of them."""
     return dataclasses.replace(session, mesh=devices.data_mesh(jax.local_devices()[:1]))
 
 
+def _field(name: str) -> str:
+    """The field of a certificate's settings on the command line."""
+    return name.replace("-", "_")
+
+
 @functools.cache
 def _command(kinds: tuple[tuple[str, CertificateKind], ...]) -> type[Certify]:
     """The job with a field for the settings of each certificate, and its presets."""
+    for name, _ in kinds:
+        if not _field(name).isidentifier() or hasattr(Certify, _field(name)):
+            raise UserError(
+                f"Expected another name for the certificate {name!r}: its settings become flags "
+                f"--{name}.NAME, and there are others like them."
+            )
     names = tuple(name for name, _ in kinds)
     choice = Annotated[Literal[names], tyro.conf.arg(help="Which certificate.")]
-    fields: list[tuple] = [("method", choice, dataclasses.field(default=names[0]))]
-    fields += [(n, kind.settings, dataclasses.field(default=kind.preset())) for n, kind in kinds]
+    groups = [(_field(n), k.settings, dataclasses.field(default=k.preset())) for n, k in kinds]
     job = dataclasses.make_dataclass(
-        "Certify", fields, bases=(Certify,), frozen=True, kw_only=True,
+        "Certify", [("method", choice, dataclasses.field(default=names[0])), *groups],
+        bases=(Certify,), frozen=True, kw_only=True,
         namespace={"__doc__": Certify.__doc__, "__module__": __name__},
     )  # fmt: skip
     job.presets = {
-        preset: job(**sizes, **{name: kind.preset(preset) for name, kind in kinds})
+        preset: job(**sizes, **{_field(name): kind.preset(preset) for name, kind in kinds})
         for preset, sizes in _PRESETS.items()
     }
     return job

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,12 +87,24 @@ def restore_probe(
     return trained, known
 
 
-def load_probe(path: str | os.PathLike, encoder: Encoder) -> Classifier:
+def load_probe(
+    path: str | os.PathLike, encoder: Encoder, *, sigma: float | None = None
+) -> Classifier:
     """Reads a linear probe as the classifier that it makes of its encoder.
 
-    Args and errors: as in `restore_probe`.
+    Args:
+      path, encoder: see `restore_probe`, which also says what is raised.
+      sigma: of the Gaussian noise that it is to classify under; a probe that was trained under
+        another is warned of.
     """
     trained, known = restore_probe(path, encoder)
+    views = known.get("training", {}).get("views", {})
+    if sigma is not None and views.get("kind") == "noisy" and views.get("sigma", sigma) != sigma:
+        warnings.warn(
+            f"The probe {path} was trained under noise of sigma {views['sigma']:g} and classifies "
+            f"under {sigma:g}; where that is not meant, train one with --sigma {sigma:g}.",
+            stacklevel=2,
+        )
     kernel, bias = (jnp.asarray(trained[name]) for name in ("kernel", "bias"))
     return Classifier(encoder, kernel, bias, tuple(known.get("class_names", ())))
 

@@ -35,7 +35,9 @@ class Classifier:
         return self.encoder(images) @ self.kernel + self.bias
 
 
-def nearest_image_classifier(encoder: Encoder, representations: Array) -> Classifier:
+def nearest_image_classifier(
+    encoder: Encoder, representations: Array | np.ndarray
+) -> Classifier:
     """Classifier without labels: class j is "nearest, in l2, to the representation of image j".
 
         argmin_j |f - c_j|^2 = argmax_j 2 <f, c_j - m> - |c_j - m|^2 - 2 <m, c_j - m>

@@ -44,7 +44,7 @@ class RadiusCertificate(NamedTuple):
 def make_certificate(outcome: Outcome, config: RandomizedConfig) -> RadiusCertificate:
     """The certificate from an image's counts."""
     top, verdicts = outcome.answer
-    pieces = outcome.pieces - num_selection_pieces(config)
+    pieces = outcome.pieces - num_selection_pieces(config.n0, config.step)
     n = min(max(pieces, 0) * config.step, config.n)
     count = int(outcome.counts[top]) if pieces > 0 else 0
     lower = lower_bound(count, n, config) if n else 0.0

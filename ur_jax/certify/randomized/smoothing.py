@@ -143,7 +143,7 @@ class _Classes:
 
     def decide(self, tables: Table, rows: Rows) -> Rows:
         """Selects after n0 samples; then looks the class's count up."""
-        selection = num_selection_pieces(self)
+        selection = num_selection_pieces(self.n0, self.step)
         if self.n == 0:
             return rows
         selects = rows.pieces == selection
