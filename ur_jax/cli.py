@@ -38,6 +38,7 @@ _registry = tyro.constructors.ConstructorRegistry()
 _SCRIPTS = {
     "benchmark": "ur_jax.jobs.benchmark",
     "report": "ur_jax.report.build",
+    "compare-certificates": "ur_jax.jobs.compare_certificates",
     "convert-weights": "ur_jax.encoders.convert",
     "throughput": "ur_jax.performance.command",
     "verify": "ur_jax.runs.verify",

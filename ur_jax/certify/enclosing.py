@@ -43,7 +43,7 @@ def smallest_n0(delta: float, alpha: float) -> int:
     """Smallest n0 from which on half of the samples lie in a ball of probability 1/2 + delta."""
     # Hoeffding's n is enough, so that the scan ends there.
     n = np.arange(1, 2 + math.ceil(math.log(1 / alpha) / (2 * delta**2)))
-    fails = stats.binom.cdf(half(n) - 1, n, 0.5 + delta) > alpha
+    fails = stats.binom.cdf((n + 1) // 2 - 1, n, 0.5 + delta) > alpha
     return int(n[fails].max(initial=0)) + 1
 
 

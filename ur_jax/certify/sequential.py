@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 import time
@@ -170,7 +171,12 @@ def advance(
             exists &= item < num_items
             row = row_of_slot[slot]
             noisy = noisy_samples(
-                rows.images[row], key, rows.indices[row], sample, sigma=method.sigma, clip=method.clip
+                rows.images[row],
+                key,
+                rows.indices[row],
+                sample,
+                sigma=method.sigma,
+                clip=method.clip,
             )
             extra = jax.tree.map(lambda x: x[row], rows.extra)
             events, finite = method.observe(model, extra, noisy)
@@ -293,7 +299,11 @@ def stream(
         advance, method=method, mesh=mesh, num_slots=num_slots, batch_size=batch_size
     )
     jobs = iter(jobs)
-    rows: Rows | None = None
+    head = next(jobs, None)
+    if head is None:
+        return
+    jobs = itertools.chain([head], jobs)
+    rows = _empty_rows(mesh, _fresh_row(method, *head, answer), capacity)
     free, more, rounds = list(range(capacity)), True, 1
     while True:
         while more and free:
@@ -302,10 +312,8 @@ def stream(
                 more = False
                 break
             row = _fresh_row(method, *job, answer)
-            if rows is None:
-                rows = _empty_rows(mesh, row, capacity)
             rows = _insert(rows, free.pop(0), replicate(mesh, row))
-        if rows is None or len(free) == capacity:
+        if len(free) == capacity:
             return
         low_water = num_slots if more else 1
         before, started = np.array(rows.pieces), time.monotonic()

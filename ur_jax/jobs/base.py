@@ -97,7 +97,7 @@ class Job(abc.ABC):
     """float32 or bfloat16."""
 
     @classmethod
-    def command(cls) -> type[Self]:
+    def command(cls) -> type[Job]:
         """The class whose fields are the command's flags: this one, unless flags are registered."""
         return cls
 

@@ -79,7 +79,7 @@ class Certify(Job):
     """The settings of the certificate; by default those of its first preset."""
 
     @classmethod
-    def command(cls) -> type[Self]:
+    def command(cls) -> type[Certify]:
         """With a group of flags for the settings of each certificate."""
         return _command(tuple(CERTIFICATES.items()))
 

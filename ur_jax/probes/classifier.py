@@ -54,7 +54,7 @@ def nearest_image_classifier(
     return Classifier(encoder, jnp.asarray(2 * shifted.T), jnp.asarray(bias))
 
 
-def num_classes(classifier: Callable[[Array], Array], image_shape: tuple[int, int, int]) -> int:
+def num_classes(classifier: Callable[[Array], Array], image_shape: tuple[int, ...]) -> int:
     """Returns K of a classifier, from shapes alone.
 
     Raises:

@@ -43,7 +43,7 @@ def check_level(level: float, what: str, sigma: float) -> None:
         )
 
 
-def clopper_pearson_lower(successes: Counts, n: Counts, alpha: float) -> np.ndarray:
+def clopper_pearson_lower(successes: Counts, n: Counts, alpha: Probabilities) -> np.ndarray:
     """Exact lower confidence bound of a probability, 0 where there was no success.
 
     Args:
@@ -63,13 +63,13 @@ def clopper_pearson_lower(successes: Counts, n: Counts, alpha: float) -> np.ndar
     return np.where(successes > 0, bound, 0.0)
 
 
-def clopper_pearson_upper(successes: Counts, n: Counts, alpha: float) -> np.ndarray:
+def clopper_pearson_upper(successes: Counts, n: Counts, alpha: Probabilities) -> np.ndarray:
     """Exact upper confidence bound of a probability: 1 - lower bound of the failures."""
     successes, n = np.broadcast_arrays(np.asarray(successes), np.asarray(n))
     return 1.0 - clopper_pearson_lower(n - successes, n, alpha)
 
 
-def accepting_count(n: Counts, p: Probabilities, alpha: float) -> np.ndarray:
+def accepting_count(n: Counts, p: Probabilities, alpha: Probabilities) -> np.ndarray:
     """Smallest k with P(Bin(n, p) >= k) <= alpha; n + 1 where none has.
 
     Equivalently the smallest count whose Clopper-Pearson lower bound reaches p.
@@ -81,7 +81,7 @@ def accepting_count(n: Counts, p: Probabilities, alpha: float) -> np.ndarray:
     return np.minimum(k, n + 1)
 
 
-def rejecting_count(n: Counts, p: Probabilities, alpha: float) -> np.ndarray:
+def rejecting_count(n: Counts, p: Probabilities, alpha: Probabilities) -> np.ndarray:
     """Largest k with P(Bin(n, p) <= k) <= alpha; -1 where none has."""
     n, p = np.broadcast_arrays(np.asarray(n), np.asarray(p, np.float64))
     return n - accepting_count(n, 1.0 - p, alpha)

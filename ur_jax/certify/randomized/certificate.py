@@ -35,7 +35,7 @@ class RadiusCertificate(NamedTuple):
     radius: float
     decisions: tuple[str, ...]
     lower: float
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride] (a tuple's method of that name)
     n: int
     num_drawn: int
     num_bad: int
