@@ -1,222 +1,435 @@
-"""The batch job on a tiny encoder: both methods, killed and resumed, and what it refuses."""
+"""The certificates of many images as a job: what it reports, labels by name, what it refuses."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import pathlib
+import os
+import re
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import ur_jax
-from ur_jax import data, runs
-from ur_jax.certify import CenterConfig, RandomizedConfig, eps_out_from_counts, lower_bound
-from ur_jax.encoders import checkpoints, from_fn
-from ur_jax.jobs import certify as certification
-from ur_jax.runs import folder
+from ur_jax import cli, runs
+from ur_jax.certify import (
+    CERTIFICATES,
+    CenterConfig,
+    Classifier,
+    RandomizedConfig,
+    eps_out_from_counts,
+    lower_bound,
+)
+from ur_jax.encoders import from_fn
+from ur_jax.errors import UserError
+from ur_jax.jobs import Session, certify_parts
+from ur_jax.jobs.certify import Certify
+from ur_jax.jobs.progress import quiet, watched
+from ur_jax.metrics import METRICS
+from ur_jax.probes.checkpoint import save_probe
+from ur_jax.runs import files, folder
 
-EXPERIMENTS = pathlib.Path(__file__).resolve().parents[2] / "experiments"
 CENTER = CenterConfig(bound="union", n0=300, n=1000, alpha1=0.05, alpha2=0.05, delta=0.15)
 RANDOMIZED = RandomizedConfig(bound="union", n=1000, alpha=0.01)
+NEAREST = {"config": RANDOMIZED, "probe": "nearest"}
 
 
 def flatten_and_multiply(params, images):
     return images.reshape(images.shape[0], -1) @ params
 
 
+WEIGHT = np.random.default_rng(0).standard_normal((48, 6)).astype(np.float32) / 7
+ENCODER = from_fn(flatten_and_multiply, jnp.asarray(WEIGHT), input_size=(4, 4))
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """The script, with a linear encoder for every path and a row written as soon as it is there."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    sys.modules.pop("certify", None)
-    import certify
+@pytest.fixture(autouse=True)
+def rows_are_written_as_soon_as_they_are_there(monkeypatch):
+    monkeypatch.setattr(certify_parts, "_FLUSH_SECONDS", -1.0)
 
-    weight = np.random.default_rng(0).standard_normal((48, 6)).astype(np.float32) / 7
-    encoder = from_fn(flatten_and_multiply, weight, input_size=(4, 4))
-    monkeypatch.setattr(ur_jax, "load_encoder", lambda *args, **kwargs: encoder)
-    monkeypatch.setattr(certification, "_FLUSH_SECONDS", -1.0)
-    return certify
+
+def save(path, classes="ab", number=8, seed=1):
+    """Small images of noise in classes, one of them unreadable."""
+    rng = np.random.default_rng(seed)
+    for i in range(number):
+        place = path / classes[i % len(classes)]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)).save(place / f"{i}.png")
+    return f"folder:{path}"
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Nine small images in two classes, one of them unreadable."""
-    rng = np.random.default_rng(1)
-    for i in range(8):
-        folder = tmp_path / "photos" / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
+    """Nine of two classes; one is unreadable."""
+    spec = save(tmp_path / "photos")
     (tmp_path / "photos" / "a" / "broken.png").write_bytes(b"not an image")
-    return f"folder:{tmp_path / 'photos'}"
+    return spec
 
 
-@pytest.fixture
-def make_config(script, photos, tmp_path):
-    def make(method, out, **changes):
-        config = script.Config(
-            encoder="tiny",
-            images=photos,
-            out=tmp_path / out,
-            method=method,
-            num_images=9,
-            probe="nearest",
-            batch_size=16,
-            center=CENTER,
-            randomized=RANDOMIZED,
-        )
-        return dataclasses.replace(config, **changes)
-
-    return make
+def make(images, **changes):
+    settings = {"num_images": 9, "batch_size": 16, "encoder": ENCODER, "images": images}
+    return Certify(**(settings | changes))
 
 
-def run_killed(script, config, monkeypatch, every=1):
-    """Runs to the end, dying at every second file that it writes."""
-    whole, deaths = folder.atomic_path, 0
-    for _ in range(100):
-        left = itertools.count(every, -1)
+def certificates(out):
+    return pq.read_table(out / "certificates.parquet").to_pylist()
+
+
+def run_killed(job, out, monkeypatch):
+    """Runs to the end, dying five times at the second file that it writes."""
+    write, deaths = files.atomic_path, 0
+    while True:
+        left = itertools.count(1 if deaths < 5 else 1000, -1)
 
         def write_or_die(path, left=left):
-            if next(left) == 0:
+            if path.name != ".lease.json" and next(left) == 0:
                 raise Killed
-            return whole(path)
+            return write(path)
 
-        monkeypatch.setattr(folder, "atomic_path", write_or_die)
+        for module in (files, folder):
+            monkeypatch.setattr(module, "atomic_path", write_or_die)
         try:
-            script.main(config)
+            return job.run(out, progress=quiet), deaths
         except Killed:
             deaths += 1
-        else:
-            monkeypatch.setattr(folder, "atomic_path", whole)
-            return deaths
-        every += 0 if deaths < 5 else 100
-    raise AssertionError("never finished")
 
 
-@pytest.mark.parametrize("method", ["center", "randomized"])
+@pytest.mark.parametrize("changes", [{"config": CENTER}, NEAREST], ids=["center", "randomized"])
 @pytest.mark.filterwarnings("ignore:.*broken")
-def test_killed_and_resumed_gives_the_same_table(script, make_config, monkeypatch, method):
-    alone, killed = make_config(method, "alone"), make_config(method, "killed")
-    script.main(alone)
-    assert run_killed(script, killed, monkeypatch) == 5
+def test_killed_and_resumed_gives_the_same_table(photos, tmp_path, monkeypatch, changes):
+    job, alone, killed = make(photos, **changes), tmp_path / "alone", tmp_path / "killed"
+    whole = job.run(alone, progress=quiet)
+    summary, deaths = run_killed(job, killed, monkeypatch)
+    assert deaths == 5 and summary.rows == whole.rows
     for name in ("certificates.parquet", "summary.json"):
-        assert (alone.out / name).read_bytes() == (killed.out / name).read_bytes()
-    rows = pq.read_table(alone.out / "certificates.parquet").to_pylist()
-    assert [row["index"] for row in rows] == [i for i in range(9) if "broken" not in name_of(i)]
-    assert (alone.out / "curves.png").stat().st_size > 1000
-    summary = json.loads((alone.out / "summary.json").read_text())
-    assert len(summary["unreadable"]) == 1
-    assert summary["samples"] == sum(row["num_drawn"] for row in rows)
-    (certified,) = (m for m in summary["metrics"] if m["metric"] == "certified" and not m["radius"])
-    assert certified["n"] == 8
-    # A certificate follows from its row alone, also at another alpha.
+        assert (alone / name).read_bytes() == (killed / name).read_bytes()
+    rows = certificates(alone)
+    names = ["a/0", "a/2", "a/4", "a/6", "a/broken", "b/1", "b/3", "b/5", "b/7"]
+    readable = [i for i, name in enumerate(names) if "broken" not in name]
+    assert [row["index"] for row in rows] == readable
+    assert (alone / "curves.png").stat().st_size > 1000
+    [(unreadable, reason)] = summary.unreadable.items()
+    assert "broken.png" in unreadable and "image" in reason
+    assert summary.details["samples"] == sum(row["num_drawn"] for row in rows)
+    [certified] = [r for r in summary.rows if r.metric == "certified" and r.radius is None]
+    assert certified.n == 8
+    times = pq.read_table(alone / "times.parquet").to_pylist()
+    assert [row["index"] for row in times] == readable
+    if "probe" in changes:
+        check_radii(rows, summary)
+    else:
+        check_divergences(rows, summary)
+
+
+def check_divergences(rows, summary):
+    """A certificate follows from its row alone, also at another alpha; so do the numbers."""
     for row in rows:
         if row["abstained"]:
             continue
-        if method == "center":
-            pair = np.array(row["distances"], np.float32), np.array(row["counts"])
-            assert eps_out_from_counts(*pair, row["n"], config=CENTER) >= row["eps_out"]
-            strict = dataclasses.replace(CENTER, alpha2=0.01)
-            assert eps_out_from_counts(*pair, row["n"], config=strict) >= row["eps_out"]
-            assert 0 < row["quantile"] <= 1 and row["normalised"] > 0
-        else:
-            assert lower_bound(row["count"], row["n"], RANDOMIZED) == row["lower"]
-    times = pq.read_table(alone.out / "times.parquet").to_pylist()
-    assert [row["index"] for row in times] == [row["index"] for row in rows]
+        pair = np.array(row["distances"], np.float32), np.array(row["counts"])
+        for config in (CENTER, dataclasses.replace(CENTER, alpha2=0.01)):
+            assert eps_out_from_counts(*pair, row["n"], config=config) >= row["eps_out"]
+        assert 0 < row["quantile"] <= 1 and row["normalised"] > 0
+    assert [row.metric for row in summary.rows] == [
+        *("certified", "median_eps_out", "median_quantile", "median_normalised")
+    ]
+    eps_out = [np.inf if row["abstained"] else row["eps_out"] for row in rows]
+    assert summary.rows[1].value == np.median(eps_out)
 
 
-def name_of(index):
-    """The listing: class a is 0, 2, 4, 6 and broken; class b is 1, 3, 5, 7."""
-    return ["0", "2", "4", "6", "broken", "1", "3", "5", "7"][index]
-
-
-@pytest.mark.filterwarnings("ignore:.*broken")
-def test_another_number_of_hosts_goes_on(script, photos, tmp_path):
-    def job(out):
-        run = runs.open_run(tmp_path / out, {})
-        source = data.open_images(photos)
-        return certification.Job(ur_jax.load_encoder(), source, np.arange(9), run, RANDOMIZED)
-
-    alone, resumed, seen = job("alone"), job("resumed"), []
-    alone.certify(batch_size=16)
-    resumed.certify(host=1, num_hosts=2, batch_size=16, on_progress=seen.append)
-    assert (seen[-1].num_images, seen[-1].num_done, seen[-1].seconds_left) == (4, 4, 0)
-    resumed.certify(batch_size=16, on_progress=seen.append)
-    assert seen[-1].num_images == 9 and seen[-1].num_done == 8  # one is unreadable
-    assert alone.finish() == resumed.finish()
-    one, two = ((j.run.path / "certificates.parquet").read_bytes() for j in (alone, resumed))
-    assert one == two
+def check_radii(rows, summary):
+    assert all(lower_bound(row["count"], row["n"], RANDOMIZED) == row["lower"] for row in rows)
+    assert [row["label"] for row in rows] == list(range(8))  # the images are the classes
+    accuracy = {r.radius: r.value for r in summary.rows if r.metric == "certified_accuracy"}
+    assert list(accuracy) == [0.0, 0.1, 0.25, 0.5, 0.75, 0.9]
+    for radius, value in accuracy.items():
+        correct = [r["predicted"] == r["label"] and not r["abstained"] for r in rows]
+        hits = [hit and row["radius"] >= radius for hit, row in zip(correct, rows)]
+        assert value == np.mean(hits)
+    [mean] = [r for r in summary.rows if r.metric == "average_certified_radius"]
+    radii = np.array([row["radius"] for row in rows])
+    np.testing.assert_allclose(mean.value, np.mean(np.where(correct, radii, 0)))
 
 
 @pytest.mark.filterwarnings("ignore:.*broken")
-def test_a_probe_of_the_dataset(script, make_config, tmp_path):
-    rng = np.random.default_rng(3)
-    kernel = rng.standard_normal((6, 2)).astype(np.float32)
-    probe = {"kernel": kernel, "bias": np.zeros(2, np.float32)}
-    metadata = {"encoder": "tiny", "config": {}}
-    checkpoints.save_encoder(tmp_path / "probe", probe, metadata)
-    config = make_config("randomized", "out", probe=str(tmp_path / "probe"))
-    script.main(config)
-    rows = pq.read_table(config.out / "certificates.parquet").to_pylist()
-    assert {row["label"] for row in rows} == {0, 1}
-    summary = json.loads((config.out / "summary.json").read_text())
-    correct = [row["predicted"] == row["label"] and not row["abstained"] for row in rows]
-    metrics = {(m["metric"], m["radius"]): m for m in summary["metrics"]}
-    assert metrics["certified_accuracy", 0.0]["value"] == np.mean(correct)
-    radius = np.array([row["radius"] for row in rows])
-    np.testing.assert_allclose(
-        metrics["average_certified_radius", None]["value"], np.mean(radius * correct)
+def test_another_number_of_hosts_goes_on_and_progress_counts_images(photos, tmp_path):
+    job, seen = make(photos, **NEAREST).opened(), []
+
+    def progress(items, description, total):
+        seen.append([description, total, 0])
+        for item in items:
+            seen[-1][-1] += 1
+            yield item
+
+    alone = job.run(tmp_path / "alone", progress=quiet)
+    resumed = runs.open_run(tmp_path / "resumed", job.identity)
+    job.compute(Session(resumed, host=1, num_hosts=2, progress=progress))
+    job.compute(Session(resumed, progress=progress))
+    # The second of two hosts has 4 images; then all are done but for one that is unreadable.
+    assert [each for each in seen if each[0] == "certificates"] == [
+        ["certificates", 4, 4],
+        ["certificates", 9, 8],
+    ]
+    assert job.merge(Session(resumed)).rows == alone.rows
+    tables = [tmp_path / out / "certificates.parquet" for out in ("alone", "resumed")]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
+
+
+def test_who_watches_sees_how_far_it_is(photos, tmp_path, capsys):
+    make(save(tmp_path / "few", number=2), num_images=2, **NEAREST).run(progress=watched)
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"certificates: 2/2, \d certified, [\d,]+ samples/s, 0 s left", said)
+
+
+# --- labels ---
+
+
+def trained(names, seed=3):
+    kernel = np.random.default_rng(seed).standard_normal((6, len(names))).astype(np.float32)
+    return Classifier(ENCODER, jnp.asarray(kernel), jnp.zeros(len(names)), tuple(names))
+
+
+def save_as(path, probe):
+    weights = {"kernel": np.asarray(probe.kernel), "bias": np.asarray(probe.bias)}
+    save_probe(path, weights, ENCODER, {"class_names": list(probe.class_names)})
+    return str(path)
+
+
+def test_labels_are_compared_by_name(tmp_path):
+    """A folder with two of the probe's four classes, in another order: the same accuracy."""
+    probe = trained(["d", "b", "c", "a"])
+    images = save(tmp_path / "some", classes="ab")
+    where = save_as(tmp_path / "probe", probe)
+    summary = make(images, num_images=8, config=RANDOMIZED, probe=where).run(
+        tmp_path / "out", progress=quiet
     )
-
-    # Another configuration does not mix with these results.
-    with pytest.raises(ValueError, match="another configuration"):
-        script.main(dataclasses.replace(config, seed=1))
-    # One class only, but the images have two.
-    small = {"kernel": kernel[:5], "bias": np.zeros(2, np.float32)}
-    checkpoints.save_encoder(tmp_path / "small", small, metadata)
-    with pytest.raises(ValueError, match=r"kernel \[6, K\]"):
-        script.main(make_config("randomized", "small_out", probe=str(tmp_path / "small")))
-    with pytest.raises(ValueError, match="Expected --probe"):
-        script.main(make_config("randomized", "no_probe", probe=None))
-    with pytest.raises(ValueError, match="batch_size >= 1"):
-        script.main(make_config("center", "no_batch", batch_size=0))
+    rows = certificates(tmp_path / "out")
+    assert [row["label"] for row in rows] == [3] * 4 + [1] * 4
+    correct = [row["predicted"] == row["label"] and not row["abstained"] for row in rows]
+    values = {(r.metric, r.radius): r.value for r in summary.rows}
+    assert values["certified_accuracy", 0.0] == np.mean(correct) > 0
+    # A live one, of a notebook, and a class by another name.
+    renamed = save(tmp_path / "renamed", classes=["a", "bee"])
+    job = make(renamed, num_images=8, config=RANDOMIZED, probe=probe, class_map=("bee=b",), seed=0)
+    assert job.run(progress=quiet).rows == summary.rows
+    requires = make(images, config=RANDOMIZED, probe=where).opened().identity["requires"]
+    assert requires == job.opened().identity["requires"] and len(requires) == 2
 
 
-def test_outputs_that_are_not_finite_name_the_image(script, make_config, monkeypatch):
+@pytest.mark.parametrize(
+    "classes, message",
+    [("abx", "class of the probe 'x'.*Expected one of: a, b, c, d"), (["a", "b"], None)],
+)
+def test_unknown_classes_and_pictures_without_one_are_refused(tmp_path, classes, message):
+    images = save(tmp_path / "photos", classes=classes)
+    if message is None:
+        Image.new("RGB", (4, 4)).save(tmp_path / "photos" / "stray.png")
+        message = "stray.png"
+    job = make(images, num_images=8, config=RANDOMIZED, probe=trained("abcd"))
+    with pytest.raises(UserError, match=message):
+        job.run(tmp_path / "out", progress=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_without_any_classes_have_shares_of_certified_ones(tmp_path):
+    for i in range(4):
+        (tmp_path / "plain").mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4), (60 * i, 0, 0)).save(tmp_path / "plain" / f"{i}.png")
+    job = make(f"folder:{tmp_path / 'plain'}", num_images=4, config=RANDOMIZED, probe=trained("ab"))
+    rows = job.run(progress=quiet).rows
+    assert [(r.metric, r.radius) for r in rows] == [
+        *(("certified", radius) for radius in (None, 0.1, 0.25, 0.5, 0.75, 0.9)),
+        ("mean_radius", None),
+    ]
+
+
+def test_a_probe_under_other_noise_is_warned_of(tmp_path):
+    probe, where = trained("ab"), tmp_path / "probe"
+    weights = {"kernel": np.asarray(probe.kernel), "bias": np.asarray(probe.bias)}
+    views = {"kind": "noisy", "sigma": 0.5}
+    save_probe(where, weights, ENCODER, {"class_names": ["a", "b"], "training": {"views": views}})
+    images = save(tmp_path / "photos")
+    job = make(images, num_images=2, config=RANDOMIZED, probe=str(where))
+    with pytest.warns(UserWarning, match="noise of sigma 0.5 and classifies under 0.25"):
+        job.opened()
+
+
+# --- what is refused, and what is said ---
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"config": RANDOMIZED}, "Expected --probe with --method randomized"),
+        ({"config": RANDOMIZED, "probe": "no/where"}, "no probe at no/where"),
+        ({"config": CENTER, "probe": "nearest"}, "Expected no probe .*'center'"),
+        ({"config": CENTER, "method": "randomized"}, "RandomizedConfig .*got CenterConfig"),
+        ({"config": ENCODER}, "settings of a certificate .*got Encoder"),
+        ({"method": "centre"}, "did you mean 'center'"),
+        ({"config": CENTER, "batch_size": 0}, "batch_size >= 1"),
+        ({"config": CENTER, "num_images": 0}, "num_images >= 1, got 0"),
+        ({"config": CENTER, "num_images": 2.5}, "num_images >= 1, got 2.5"),
+        ({"config": CENTER, "num_images": 99}, "99 samples of a listing of 8"),
+        ({"config": CENTER, "num_distribution": 1}, "num_distribution >= 2"),
+        ({"config": CENTER, "seed": -1}, "seed >= 0"),
+        ({**NEAREST, "num_images": 1}, "at least 2 images"),
+        ({**NEAREST, "class_map": ("a=b",)}, "no class map"),
+    ],
+)
+def test_bad_settings_are_one_line_and_make_no_folder(tmp_path, changes, message):
+    job = lambda: make(save(tmp_path / "photos"), **{"num_images": 4, **changes})
+    with pytest.raises(UserError, match=message):
+        job().run(tmp_path / "out", progress=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_are_not_finite_name_the_image(tmp_path):
     encoder = from_fn(nan_where_bright, jnp.ones(3), input_size=(4, 4))
-    monkeypatch.setattr(ur_jax, "load_encoder", lambda *args, **kwargs: encoder)
-    probe = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
-    monkeypatch.setattr(certification, "load_probe", lambda *args: probe)
-    config = make_config("randomized", "nan", probe="given", num_images=2)
-    bright = pathlib.Path(config.images.removeprefix("folder:")) / "a" / "0.png"
+    images = save(tmp_path / "photos", number=4)
+    bright = tmp_path / "photos" / "a" / "0.png"
     Image.fromarray(np.full((4, 4, 3), 250, np.uint8)).save(bright)
+    probe = Classifier(encoder, jnp.ones((3, 2)), jnp.zeros(2), ("a", "b"))
+    job = make(images, encoder=encoder, num_images=4, config=RANDOMIZED, probe=probe)
     with pytest.warns(UserWarning, match="0.png: .* not certified"):
-        script.main(config)
-    rows = pq.read_table(config.out / "certificates.parquet").to_pylist()
-    assert [row["abstained"] for row in rows][0] and rows[0]["num_bad"] > 0
+        job.run(tmp_path / "out", progress=quiet)
+    first = certificates(tmp_path / "out")[0]
+    assert first["abstained"] and first["num_bad"] > 0
 
 
 def nan_where_bright(params, images):
     return jnp.where(images.mean((1, 2, 3))[:, None] > 0.7, jnp.nan, 1.0) * params
 
 
-def test_presets_and_flags(script):
-    import command
+# --- the command line ---
 
-    base = ["--encoder", "demo", "--images", "demo", "--out", "x"]
-    paper = command.parse(script.Config, script.PRESETS, [*base, "--preset", "paper"])
-    assert paper.center.bound == "hoeffding" and paper.center.n == 100_000
-    assert paper.randomized.bound == "exact" and paper.num_images == 200
-    flags = [*base, "--method", "randomized", "--randomized.radii", "0.1", "0.25", "--seed", "3"]
-    adaptive = command.parse(script.Config, script.PRESETS, flags)
-    assert adaptive.randomized.bound == "union" and adaptive.randomized.radii == (0.1, 0.25)
+
+def parse(*words):
+    command = cli.find("certify")
+    return cli.parse(command, ["--encoder", "x", "--images", "y", "--out", "z", *words]).job
+
+
+def test_presets_and_flags():
+    paper = parse("--preset", "paper")
+    assert paper.certificate == "center" and paper.smoothing == CenterConfig(bound="hoeffding")
+    assert paper.center.n == 100_000 and paper.num_images == 200
+    assert paper.randomized == RandomizedConfig()
+    words = ("--method", "randomized", "--randomized.radii", "0.1", "0.25", "--seed", "3")
+    adaptive = parse(*words, "--probe", "nearest")
+    assert adaptive.smoothing == RandomizedConfig(bound="union", radii=(0.1, 0.25))
+    assert adaptive.settings["settings"] == adaptive.smoothing and adaptive.seed == 3
+    assert "num_distribution" not in adaptive.settings
+    quick = parse("--preset", "quick")
+    assert (quick.num_images, quick.num_distribution) == (16, 512)
+    assert quick.smoothing == CenterConfig(bound="union", n0=1000, n=10_000)
+    # A notebook's object is the same.
+    mine = Certify(encoder="x", images="y", config=quick.smoothing, num_images=16)
+    mine = dataclasses.replace(mine, num_distribution=512)
+    assert mine.settings == quick.settings and Certify().smoothing == parse().smoothing
+
+
+TOY = """
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ur_jax.certify import CERTIFICATES, CertificateKind
+from ur_jax.certify.sampling import sample_outputs
+from ur_jax.devices import data_mesh
+from ur_jax.metrics import METRICS, Metric
+from ur_jax.runs import Row
+from ur_jax.stats.intervals import mean_interval
+from ur_jax.types import Curve
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    sigma: float = 0.5
+    n: int = 8
+
+
+class Spread(NamedTuple):
+    spread: float
+    abstained: bool
+    num_drawn: int
+    num_bad: int
+
+
+def represent(encoder, images):
+    return encoder(images)
+
+
+def certify(model, images, key, *, config, indices, mesh=None, batch_size=8, on_progress=None):
+    for image, index in zip(images, indices):
+        found = sample_outputs(
+            represent, model, jnp.asarray(image), key, jnp.int32(index), jnp.int32(0),
+            n=config.n, sigma=config.sigma, clip=False, mesh=mesh or data_mesh(),
+            batch_size=batch_size,
+        )
+        yield index, Spread(float(np.std(found)), False, config.n, 0)
+
+
+def rows(columns, config):
+    yield Row.of("test_toy_spread", mean_interval(columns["spread"]))
+
+
+def curves(columns):
+    spread = np.sort(columns["spread"])
+    share = np.arange(len(spread)) / len(spread)
+    yield Curve("toy", "toy", "spread", "share of images", "A toy.", spread, share, kind="step")
+
+
+METRICS.register("test_toy_spread", Metric("mean", "low", "Spread of a toy."))
+CERTIFICATES.register(
+    "test-toy",
+    CertificateKind(ToyConfig, "encoder", certify, lambda config: config.n, rows, curves=curves),
+)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    path = tmp_path / "toy_certificate_for_a_test.py"
+    path.write_text(TOY)
+    yield path
+    sys.modules.pop(path.stem, None)
+    for registry, name in ((CERTIFICATES, "test-toy"), (METRICS, "test_toy_spread")):
+        registry._items.pop(name, None)
+
+
+def test_a_certificate_from_outside_is_on_the_command_line_and_in_the_table(
+    toy, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(os, "cpu_count", jax.device_count)  # as many devices as there are already
+    (tmp_path / "own.py").write_text(
+        "import jax.numpy as jnp\nfrom ur_jax import from_fn\n\n\n"
+        "def mean(params, images):\n    return images.mean((1, 2)) * params\n\n\n"
+        "def make():\n    return from_fn(mean, jnp.ones(3), input_size=(4, 4))\n"
+    )
+    out = tmp_path / "workdir" / "own" / "certified-toy"
+    words = [
+        "--encoder", f"{tmp_path / 'own.py'}:make", "--images", save(tmp_path / "photos"),
+        "--num-images", "4", "--method", "test-toy", "--test-toy.n", "16", "--out", str(out),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        cli.run("certify", words)  # not known without the plugin
+    words += ["--plugin", str(toy)]
+    with pytest.raises(SystemExit):
+        cli.run("certify", [*words, "--help"])
+    said = capfd.readouterr()
+    assert "{center,randomized,test-toy}" in said.out and "--test-toy.sigma" in said.out
+    assert cli.run("certify", words) == 0
+    assert "test_toy_spread" in capfd.readouterr().out
+    summary = runs.Summary.read(out / "summary.json")
+    assert summary.identity["method"] == "test-toy" and summary.identity["settings"]["n"] == 16
+    [curve] = Certify.curves(out, summary, {})
+    assert len(curve.x) == 4 and (out / "curves.png").stat().st_size > 1000

@@ -34,6 +34,7 @@ from jax.sharding import Mesh
 
 from ur_jax import devices, metrics, runs
 from ur_jax.certify.registry import CERTIFICATES, CertificateKind, kind_of
+from ur_jax.checks import check_whole
 from ur_jax.data import ImageBatch, evenly_spaced
 from ur_jax.data.labels import check_labelled, labels_of, match_probe
 from ur_jax.devices.memory import fit_batch_size
@@ -136,8 +137,10 @@ class Certify(Job):
                 f"Expected {self._kind.settings.__name__} for the certificate "
                 f"{self.certificate!r}, got {type(self.smoothing).__name__}."
             )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"Expected batch_size >= 1, got {self.batch_size}.")
+        check_whole(self, "num_images")
+        check_whole(self, "num_distribution", least=2)
+        check_whole(self, "seed", least=0)
+        check_whole(self, "batch_size", optional=True)
         indices = evenly_spaced(len(self.source()), self.num_images)
         if self._takes_probe:
             self._check_probe(indices)

@@ -66,7 +66,8 @@ def counted(
             passed = max(passed, completed)
 
         yield pass_on
-        next(items, None)  # the last item's bar is drawn when the next one is asked for
+        if passed == total:
+            next(items, None)  # it ends when one more is asked for
         return
     last = ""
     with counter(description, total, time_left=False) as show:
