@@ -145,6 +145,5 @@ def _u_pgd(encoder, images, keys, target, start, size, config) -> AttackResult:
         return all_distances(representations, reference)
 
     end = ascend(objective_fn, record_fn, images, keys, size, config, start)
-    return AttackResult(
-        end.images, end.output, end.objective, AttackHistory(*end.records, *end.norms)
-    )
+    history = AttackHistory._make((*end.records, *end.norms))
+    return AttackResult(end.images, end.output, end.objective, history)

@@ -42,11 +42,12 @@ STAGES = ("distances", "attacks", "overlap", "breakaway")
 
 _NUM_SHOWN = 6
 _BANK = ("num_clean", "num_distribution")
+_ATTACK = ("step_size", "rule")
 _SETTINGS = {
     "distances": _BANK,
-    "attacks": (*_BANK, "num_images", "eps", "step_size", "read_at", "nearest_level"),
-    "overlap": ("num_images", "overlap_eps", "overlap_steps", "step_size"),
-    "breakaway": ("num_clean", "num_images", "breakaway_eps", "breakaway_steps", "step_size"),
+    "attacks": (*_BANK, "num_images", "eps", "read_at", "nearest_level", *_ATTACK),
+    "overlap": ("num_images", "overlap_eps", "overlap_steps", *_ATTACK),
+    "breakaway": ("num_clean", "num_images", "breakaway_eps", "breakaway_steps", *_ATTACK),
 }
 _STEP_COST = 3  # forward passes that a step costs, with its gradient
 # Streams of random numbers, one per use; `tables.DISTRIBUTION` is the seventh.
@@ -63,6 +64,7 @@ class EvaluationConfig:
       num_distribution: images of the distance distribution, a subset of the bank; None for all.
       eps: radii of the attacks, linf, pixel units.
       step_size: of every attack.
+      rule: how a gradient becomes a step in every attack, a name of `attacks.RULES`.
       read_at: steps at which attacks are read.
       overlap_eps, overlap_steps: the attacks on pairs.
       breakaway_eps, breakaway_steps: the attack of breakaway risk and neighbour accuracy.
@@ -81,6 +83,7 @@ class EvaluationConfig:
     num_distribution: int | None = 100_000
     eps: tuple[float, ...] = (0.05, 0.10)
     step_size: float = 0.001
+    rule: str = "fixed"
     read_at: tuple[int, ...] = (5, 10, 30, 50)
     overlap_eps: float = 0.05
     overlap_steps: int = 10
@@ -109,7 +112,7 @@ class EvaluationConfig:
 
     def attack(self, eps: float, num_steps: int) -> AttackConfig:
         """The U-PGD of these settings."""
-        return AttackConfig(eps=eps, step_size=self.step_size, num_steps=num_steps)
+        return AttackConfig(eps=eps, step_size=self.step_size, num_steps=num_steps, rule=self.rule)
 
 
 @register("evaluate")
