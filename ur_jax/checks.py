@@ -1,8 +1,12 @@
-"""Settings out of their range: one line that names the field, what is expected and what came.
+"""The gate: what every public entry point asks of settings, images, keys and arrays.
 
-def __post_init__(self):
-    check_whole(self, "num_steps", "num_restarts")          # integers, at least 1
-    check_number(self, "eps", "step_size", above=0.0)        # finite
+    def __post_init__(self):
+        check_whole(self, "num_steps", "num_restarts")          # integers, at least 1
+        check_number(self, "eps", "step_size", above=0.0)        # finite
+
+A `UserError` names the value, what is expected and what to do, on one line. Values are looked at
+only where there are any: a traced array has a shape and a dtype, and its check costs nothing in the
+compiled program.
 """
 
 from __future__ import annotations
@@ -12,7 +16,13 @@ import numbers
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
 from ur_jax.errors import UserError
+from ur_jax.types import Array
 
 
 def check_whole(config: Any, *fields: str, least: int = 1, optional: bool = False) -> None:
@@ -61,3 +71,83 @@ def check_number(
         if not (is_finite and above < value < below and least <= value <= most):
             what = " ".join(part for part in (field, wanted or "finite") if part)
             raise UserError(f"Expected {what}{unit and f', in {unit}'}, got {value!r}.")
+
+
+def check_flag(config: Any, *fields: str) -> None:
+    """Raises UserError unless fields of a configuration are True or False."""
+    for field in fields:
+        value = getattr(config, field)
+        if not isinstance(value, (bool, np.bool_)):
+            raise UserError(f"Expected {field} to be True or False, got {value!r}.")
+
+
+def check_pixels(images: Array | np.ndarray, name: str = "images") -> None:
+    """Images (B,H,W,3) floating point of at least 32 bits, each pixel in [0,1]."""
+    check_array(name, images)
+    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        raise UserError(f"Expected {name} (B,H,W,3), at least one, got {tuple(images.shape)}.")
+    if images.dtype not in (jnp.float32, jnp.float64):
+        # Half precision has no room for a perturbation: in bfloat16 1/255 is a step near 1.
+        scale = " / 255" if jnp.issubdtype(images.dtype, jnp.integer) else ""
+        raise UserError(
+            f"Expected floating-point {name} (float32) in [0,1], got {images.dtype}; convert with "
+            f"{name}.astype('float32'){scale}."
+        )
+    if isinstance(images, Tracer):
+        return
+    xp = jnp if isinstance(images, jax.Array) else np
+    # By comparisons, which a NaN fails: on CPUs a vectorised minimum or maximum can lose it.
+    if xp.all((images >= 0.0) & (images <= 1.0)):
+        return
+    bad = int(xp.sum(~xp.isfinite(images)))
+    if bad:
+        raise UserError(
+            f"Expected {name} with pixels in [0,1], got {bad} of NaN or infinity; look where they "
+            "come from, and leave those images out."
+        )
+    low, high = float(images.min()), float(images.max())
+    remedy = "divide by 255" if high > 1.5 else "normalise inside the encoder (mean, std), or clip"
+    raise UserError(f"Expected {name} with pixels in [0,1], got [{low:g}, {high:g}]; {remedy}.")
+
+
+def check_finite_array(name: str, array: Array | np.ndarray, shape: tuple[int, ...]) -> None:
+    """A finite floating-point array of a shape, of at least 32 bits."""
+    check_array(name, array)
+    if tuple(array.shape) != tuple(shape) or array.dtype not in (jnp.float32, jnp.float64):
+        sizes = ",".join(map(str, shape))
+        raise UserError(
+            f"Expected {name} ({sizes}) float32, got {tuple(array.shape)} {array.dtype}."
+        )
+    if not isinstance(array, Tracer) and not jnp.all(jnp.isfinite(array)):
+        raise UserError(f"Expected finite {name}, got NaN or infinity in it.")
+
+
+def check_array(name: str, array: Any) -> None:
+    """An array of JAX or NumPy."""
+    if not isinstance(array, (jax.Array, np.ndarray)):
+        raise UserError(
+            f"Expected {name} to be an array, got {type(array).__name__}; make one by np.asarray "
+            "or np.stack."
+        )
+
+
+def check_key(key: Any) -> None:
+    """A typed key, or an array of them."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return
+    got = type(key).__name__ if dtype is None else f"{dtype} of shape {np.shape(key)}"
+    old = dtype == jnp.uint32
+    raise UserError(
+        f"Expected a typed key, jax.random.key(seed), got {got}"
+        + ("; jax.random.wrap_key_data makes one of an old jax.random.PRNGKey." if old else ".")
+    )
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    """A value of a class, such as a config."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        raise UserError(
+            f"Expected {name} to be {article} {kind.__name__}, got {type(value).__name__}."
+        )

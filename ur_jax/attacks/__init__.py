@@ -11,6 +11,7 @@ Reference: Petrov & Kwiatkowska 2022, "Robustness of Unsupervised Representation
 Labels" (arXiv:2210.04076), section 3; Madry et al. 2018 for PGD.
 """
 
+from ur_jax.attacks.ascent import Health
 from ur_jax.attacks.ball import NORMS, image_keys, project
 from ur_jax.attacks.config import AttackConfig, fgsm_config
 from ur_jax.attacks.loss import LossAttackResult, loss_pgd
@@ -29,6 +30,7 @@ __all__ = [
     "AttackConfig",
     "AttackHistory",
     "AttackResult",
+    "Health",
     "LossAttackResult",
     "Point",
     "StepRule",

@@ -7,10 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ur_jax.errors import UserError
+from ur_jax.checks import check_finite_array, check_key, check_number, check_pixels
+from ur_jax.errors import UserError, unknown_name
 from ur_jax.types import Array, Key
 
 NORMS = ("linf", "l2")
+UNIT = "pixel units of [0,1]"
 
 # The float32 norm of a perturbation is off by less than this share of itself.
 _NORM_MARGIN = 2.0**-18
@@ -32,7 +34,7 @@ class Ball:
 
     def project(self, attacked: Array) -> Array:
         """Moves images (B,H,W,3) into the ball and into [0,1]; see `project`."""
-        return project(attacked, self.images, eps=self.eps, norm=self.norm)
+        return _project(attacked, self.images, self.eps, self.norm)
 
     def direction(self, gradient: Array) -> Array:
         """Steepest ascent direction (B,H,W,3) of unit length in the norm; 0 for a gradient of 0."""
@@ -62,11 +64,32 @@ def project(attacked: Array, images: Array, *, eps: float | Array, norm: str) ->
     [0,1]) and rounds every pixel towards x, so that rounding can't leave the ball either.
 
     Args:
-      attacked: (B,H,W,3) float32.
+      attacked: (B,H,W,3) float32, any finite values.
       images: (B,H,W,3) float32 in [0,1], the centres.
       eps: radius, > 0, in pixel units.
       norm: "linf" or "l2".
+
+    Raises:
+      UserError: for images that are not in [0,1], `attacked` of another shape or not finite, or a
+        radius or norm that is none.
     """
+    check_pixels(images)
+    check_finite_array("attacked", attacked, images.shape)
+    check_norm(norm)
+    ball = Ball(images, eps, norm)
+    if not isinstance(eps, jax.Array):
+        check_number(ball, "eps", above=0.0, unit=UNIT)
+    return ball.project(attacked)
+
+
+def check_norm(norm: str) -> None:
+    """Raises UserError, with near names, unless `norm` is one of `NORMS`."""
+    if norm not in NORMS:
+        raise unknown_name("norm", norm, NORMS)
+
+
+def _project(attacked: Array, images: Array, eps: float | Array, norm: str) -> Array:
+    """`project` without the checks."""
     if norm == "linf":
         return jnp.clip(attacked, jnp.maximum(images - eps, 0.0), jnp.minimum(images + eps, 1.0))
     delta = attacked - images
@@ -78,6 +101,7 @@ def project(attacked: Array, images: Array, *, eps: float | Array, norm: str) ->
 
 def image_keys(key: Key, num_images: int) -> Array:
     """Returns a key per image: `key` folded with 0, 1, ..., or `key` itself if it is (B,) keys."""
+    check_key(key)
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_images))
     if key.shape != (num_images,):

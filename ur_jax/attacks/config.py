@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
-from ur_jax.attacks.ball import NORMS
+from ur_jax.attacks.ball import UNIT, check_norm
 from ur_jax.attacks.rules import RULES
-from ur_jax.errors import UserError, unknown_name
+from ur_jax.checks import check_flag, check_number, check_whole
+from ur_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +17,9 @@ class AttackConfig:
     """Settings of a projected-gradient attack; the defaults are the paper's U-PGD.
 
     Attributes:
-      eps: radius of the ball in pixel units, > 0.
-      step_size: length of a step in the same norm, > 0; of the first one, for rules that change it.
+      eps: radius of the ball in pixel units, > 0; for linf also <= 1.
+      step_size: length of a step in the same norm, as `eps`; of the first one, for rules that
+        change it.
       num_steps: number of steps, >= 1.
       norm: "linf" or "l2".
       random_start: start uniformly in the ball rather than at the image.
@@ -36,16 +39,12 @@ class AttackConfig:
     rule: str = "fixed"
 
     def __post_init__(self):
-        for field in ("eps", "step_size"):
-            value = getattr(self, field)
-            if not 0.0 < value < float("inf"):
-                raise UserError(f"Expected {field} > 0, in pixel units of [0,1], got {value}.")
-        for field in ("num_steps", "num_restarts"):
-            value = getattr(self, field)
-            if value < 1:
-                raise UserError(f"Expected {field} >= 1, got {value}.")
-        if self.norm not in NORMS:
-            raise unknown_name("norm", self.norm, NORMS)
+        check_norm(self.norm)
+        # No two pixels differ by more than 1: a larger radius was meant for pixels of 0 to 255.
+        most = 1.0 if self.norm == "linf" else math.inf
+        check_number(self, "eps", "step_size", above=0.0, most=most, unit=UNIT)
+        check_whole(self, "num_steps", "num_restarts")
+        check_flag(self, "random_start")
         if self.num_restarts > 1 and not self.random_start:
             raise UserError(
                 f"Expected a random start with num_restarts={self.num_restarts}: without one, "

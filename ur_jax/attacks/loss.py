@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from ur_jax.attacks.ascent import ascend
+from ur_jax.attacks.ascent import Health, ascend
 from ur_jax.attacks.ball import image_keys
 from ur_jax.attacks.config import AttackConfig, split
+from ur_jax.checks import check_pixels, check_type
+from ur_jax.errors import UserError
 from ur_jax.types import Array, Key, PyTree
 
 
 class LossAttackResult(NamedTuple):
-    """Attacked images (B,H,W,3), their losses (B,), and the losses before each step (B,T)."""
+    """Attacked images (B,H,W,3), their losses (B,), the losses before each step (B,T), health."""
 
     images: Array
     loss: Array
     history: Array
+    health: Health
 
 
 def loss_pgd(
@@ -42,12 +46,22 @@ def loss_pgd(
       config: as in `u_pgd`. L-FGSM is `fgsm_config(eps)`.
 
     Returns:
-      Attacked images, their losses, and the loss before each step.
+      Attacked images, finite whatever the loss is, their losses, and the loss before each step.
+
+    Raises:
+      UserError: for images, a key or a config as in `u_pgd`, or a loss that is not one float32 for
+        each image.
 
     Reference:
       Petrov & Kwiatkowska 2022, section 3.1. Unlike their MoCo v2 code, attacking moves neither
       queue nor key encoder (departure 4).
     """
+    check_type("config", config, AttackConfig)
+    check_pixels(images)
+    if not callable(loss_fn):
+        raise UserError(
+            f"Expected loss_fn to be a function of (params, images), got {type(loss_fn).__name__}."
+        )
     return _loss_pgd(loss_fn, params, images, image_keys(key, len(images)), *split(config))
 
 
@@ -57,7 +71,19 @@ def _loss_pgd(loss_fn, params, images, keys, size, config) -> LossAttackResult:
 
     def objective_fn(attacked):
         losses = loss_fn(params, attacked)
+        _check_losses(losses, len(attacked))
         return losses, losses
 
     end = ascend(objective_fn, lambda losses: losses, images, keys, size, config)
-    return LossAttackResult(end.images, end.objective, end.records)
+    return LossAttackResult(end.images, end.objective, end.records, end.health)
+
+
+def _check_losses(losses: Any, num_images: int) -> None:
+    """Refuses, while tracing, what is not a loss for each image."""
+    shape, dtype = getattr(losses, "shape", None), getattr(losses, "dtype", None)
+    if shape != (num_images,) or dtype != jnp.float32:
+        got = type(losses).__name__ if shape is None else f"{dtype} of shape {shape}"
+        raise UserError(
+            f"Expected losses ({num_images},) float32, one for each image, got {got}; leave out "
+            "the mean over the batch."
+        )

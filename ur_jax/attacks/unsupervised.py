@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ur_jax.attacks.ascent import ascend, start_of
+from ur_jax.attacks.ascent import Health, ascend, start_of
 from ur_jax.attacks.ball import Ball, image_keys
 from ur_jax.attacks.config import AttackConfig, fgsm_config, split
+from ur_jax.checks import check_finite_array, check_pixels, check_type
 from ur_jax.distances import all_distances
 from ur_jax.encoders.base import Encoder, check_images
 from ur_jax.errors import UserError
@@ -42,12 +44,14 @@ class AttackResult(NamedTuple):
       representations: (B,D) float32, of the attacked images.
       objective: (B,) float32, what was maximised, at the attacked images.
       history: what was recorded on the way.
+      health: zero, NaN and infinite gradients and ends, counted.
     """
 
     images: Array
     representations: Array
     objective: Array
     history: AttackHistory
+    health: Health
 
 
 def u_pgd(
@@ -76,31 +80,37 @@ def u_pgd(
 
     Returns:
       Attacked images, their representations, and the history of distances to f(x) or the target.
+      The images are finite and inside the ball whatever the encoder's gradients are; the
+      representations of an encoder that is NaN or infinite there are so too.
 
     Raises:
-      ValueError: for images that are not of the encoder's size, dtype or range, a target of another
-        shape, or an untargeted attack without random start: its gradient at delta = 0 is zero.
+      UserError: for images that are not of the encoder's size, dtype or range, a target or start
+        of another shape or not finite, a key that is not typed, a ball that holds every image, or
+        an untargeted attack without random start: its gradient at delta = 0 is zero.
 
     Reference:
       Petrov & Kwiatkowska 2022, section 3.1. Differs from their code in computing no gradient of
       the weights (departure 7).
     """
+    check_type("encoder", encoder, Encoder)
+    check_type("config", config, AttackConfig)
     check_images(encoder, images)
-    if start is not None and (start.shape != images.shape or config.num_restarts > 1):
-        raise UserError(
-            f"Expected start of shape {tuple(images.shape)} and num_restarts=1, got "
-            f"{tuple(start.shape)} and {config.num_restarts}."
-        )
-    if target is None and start is None and not config.random_start:
+    _check_radius(config, images)
+    if start is not None:
+        check_finite_array("start", start, images.shape)
+        if config.num_restarts > 1:
+            raise UserError(
+                f"Expected num_restarts=1 with a start, got {config.num_restarts}: all restarts "
+                "would be the same run."
+            )
+    elif target is None and not config.random_start:
         raise UserError(
             "Expected random_start=True for an untargeted attack, got False: at the original image "
             "the gradient of the distance to itself is exactly zero, and nothing would move."
         )
-    if target is not None and target.shape != (len(images), encoder.dimension):
-        raise UserError(
-            f"Expected target representations ({len(images)},{encoder.dimension}), one for each "
-            f"image, got {tuple(target.shape)}."
-        )
+    if target is not None:
+        shape = (len(images), encoder.dimension)
+        check_finite_array("target", target, shape)
     keys = image_keys(key, len(images))
     return _u_pgd(encoder, images, keys, target, start, *split(config))
 
@@ -125,9 +135,25 @@ def random_start(images: Array, key: Key, *, config: AttackConfig) -> Array:
       images: originals (B,H,W,3) float32 in [0,1].
       key: as in `u_pgd`.
       config: the attack; the originals are returned if it has no random start.
+
+    Raises:
+      UserError: as `u_pgd`.
     """
+    check_type("config", config, AttackConfig)
+    check_pixels(images)
+    _check_radius(config, images)
     ball = Ball(images, config.eps, config.norm)
     return start_of(ball, image_keys(key, len(images)), config)
+
+
+def _check_radius(config: AttackConfig, images: Array) -> None:
+    """Refuses a ball that holds every picture."""
+    diagonal = math.sqrt(math.prod(images.shape[1:]))
+    if config.eps > diagonal:
+        raise UserError(
+            f"Expected eps <= {diagonal:.4g} in {config.norm}, the largest distance between two "
+            f"images of {images.shape[1]} x {images.shape[2]} pixels in [0,1], got {config.eps:g}."
+        )
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -146,4 +172,4 @@ def _u_pgd(encoder, images, keys, target, start, size, config) -> AttackResult:
 
     end = ascend(objective_fn, record_fn, images, keys, size, config, start)
     history = AttackHistory._make((*end.records, *end.norms))
-    return AttackResult(end.images, end.output, end.objective, history)
+    return AttackResult(end.images, end.output, end.objective, history, end.health)
