@@ -66,11 +66,15 @@ def check_number(
     wanted = " and ".join(f"{sign} {end:g}" for sign, end in ends.items() if math.isfinite(end))
     for field in fields:
         value: Any = getattr(config, field)
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        is_finite = is_number and abs(value) <= sys.float_info.max  # false for NaN
-        if not (is_finite and above < value < below and least <= value <= most):
+        if not (_is_finite(value) and above < value < below and least <= value <= most):
             what = " ".join(part for part in (field, wanted or "finite") if part)
             raise UserError(f"Expected {what}{unit and f', in {unit}'}, got {value!r}.")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a finite number; a whole one may be larger than any float."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and bool(abs(value) <= sys.float_info.max)  # false for NaN
 
 
 def check_flag(config: Any, *fields: str) -> None:
