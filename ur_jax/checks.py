@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import sys
 from typing import Any
 
 import jax
@@ -72,9 +71,12 @@ def check_number(
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether a value is a finite number; a whole one may be larger than any float."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and bool(abs(value) <= sys.float_info.max)  # false for NaN
+    """Whether a value is a number that a float can hold, neither infinite nor NaN."""
+    try:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def check_flag(config: Any, *fields: str) -> None:
