@@ -108,6 +108,14 @@ def test_bad_settings_are_said_before_anything_is_read(sets, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_collapsed_encoder_and_one_that_is_not_finite(sets):
+    job = Knn(encoder=ENCODER, images=sets[0], test_images=sets[1], k=5, batch_size=8)
+    for weight, message in ((0.0, "encoder 'mine' are collapsed"), (1e38, "finite queries, got 18 rows with NaN")):
+        broken = ENCODER.replace(params=ENCODER.params * weight)
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(job, encoder=broken).run(progress=quiet)
+
+
 def test_the_command_needs_no_folder(sets, capsys, monkeypatch):
     monkeypatch.setattr(cli, "keep_compilations", lambda: None)
     words = ["--encoder", "demo", "--images", sets[0], "--test-images", sets[1], "--k", "3"]

@@ -89,7 +89,11 @@ def test_killed_and_resumed_it_is_the_same_probe_bit_for_bit(job, photos, tmp_pa
         num_epochs=4, learning_rate=1.0, milestones=(3,), batch_size=8, batch_norm=True
     )
     job = dataclasses.replace(
-        job, cached=cached, num_draws=2, views=ViewConfig("noisy", sigma=0.1), training=training
+        job,
+        cached=cached,
+        num_draws=2 if cached else 1,
+        views=ViewConfig("noisy", sigma=0.1),
+        training=training,
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     summary = job.run(whole, progress=quiet)
@@ -158,12 +162,22 @@ def test_bad_settings_and_images_are_named_before_the_folder_is_made(job, photos
         ({"num_test_images": -1}, "num_test_images >= 1, or none, got -1"),
         ({"num_images": 22}, "22 samples of a listing of 21"),
         ({"num_draws": 0, "cached": True}, "num_draws >= 1, got 0"),
+        ({"num_draws": 2}, "num_draws=2 with cached=True"),
         ({"training": ProbeConfig(batch_size=12)}, "divisible by 8"),
         ({"class_map": ("red",)}, "THEIRS=OURS, got 'red'"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(job, **change).run(tmp_path / "out", progress=quiet)
         assert not (tmp_path / "out").exists(), change
+    for weight, message in (
+        (0.0, "are collapsed: 21 images"),
+        (2e38, "features of 21 images were"),
+    ):
+        broken = ENCODER.replace(params=jnp.full(4, weight))
+        for cached in (True, False)[: 1 if weight == 0 else 2]:
+            changed = dataclasses.replace(job, encoder=broken, cached=cached)
+            with pytest.raises(ValueError, match=message):
+                changed.run(progress=quiet)
     wild = dataclasses.replace(job, training=ProbeConfig(learning_rate=1e38, batch_size=8))
     with pytest.raises(ValueError, match="loss is (nan|inf) in epoch .* 1e\\+38"):
         wild.run(progress=quiet)

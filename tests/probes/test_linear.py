@@ -93,6 +93,33 @@ def test_the_papers_schedule_and_bad_settings():
         linear.init_state(jax.random.key(0), 3, 1, config=ProbeConfig())
 
 
+def test_what_is_masked_counts_nowhere_and_what_is_not_finite_is_counted():
+    config = ProbeConfig(batch_norm=True)
+    state = linear.init_state(jax.random.key(0), 2, 3, config=config)
+    features = jnp.array([[1.0, 2.0], [jnp.nan, 0.0], [3.0, -1.0]])
+    labels, rate = jnp.array([0, 1, 2]), jnp.float32(0.1)
+    mask = jnp.array([True, False, True])
+    stepped, totals = linear.train_step(state, features, labels, mask, rate, config=config)
+    clean = features.at[1].set(7.0)
+    expected, _ = linear.train_step(state, clean, labels, mask, rate, config=config)
+    jax.tree.map(np.testing.assert_array_equal, stepped, expected)
+    assert (totals.images, totals.bad) == (2, 0) and np.isfinite(totals.loss)
+    _, totals = linear.train_step(state, features, labels, mask | True, rate, config=config)
+    assert (totals.images, totals.bad) == (3, 1)
+
+
+def test_logits_that_are_not_finite_are_of_no_class():
+    logits = jnp.array([[1.0, 3.0, 2.0], [jnp.nan, 2.0, 0.0], [0.0, jnp.inf, 1.0]])
+    predicted, rank = linear.classify(lambda_of(logits), jnp.zeros((3, 2, 2, 3)), jnp.zeros(3, int))
+    np.testing.assert_array_equal(predicted, [1, -1, -1])
+    assert rank[1] == 2
+
+
+def lambda_of(logits):
+    """A classifier that says the same of every batch; a pytree, as `classify` wants it."""
+    return jax.tree_util.Partial(lambda logits, images: logits, logits)
+
+
 def test_ranks_break_ties_as_argmax_and_nan_is_wrong():
     logits = jnp.array([[1.0, 3.0, 2.0], [2.0, 2.0, 2.0], [2.0, 2.0, 2.0], [1.0, jnp.nan, 0.0]])
     labels = jnp.array([2, 0, 2, 1])

@@ -165,7 +165,8 @@ class Impersonate(Job):
         ]
         left_out = parts.unreadable(session.run, but=("gallery_0", "gallery_1"))
         accuracies = {name: estimate._asdict() for name, estimate in clean.items()}
-        return self.summary(rows, left_out, clean_accuracy=accuracies)
+        bad = int(sum((table["predicted"] < 0).sum() for table in tables))
+        return self.summary(rows, left_out, clean_accuracy=accuracies, not_finite=bad)
 
     def draw(self, session: Session) -> None:
         from ur_jax.report import plots  # needs matplotlib, of the extra "report"
@@ -184,6 +185,11 @@ class Impersonate(Job):
                 f"{name}: the probe classifies {accuracy['value']:.1%} of {accuracy['n']} clean "
                 f"images correctly ({accuracy['low']:.1%} to {accuracy['high']:.1%}); only those "
                 "are attacked."
+            )
+        if bad := summary.details.get("not_finite", 0):
+            yield (
+                f"At {bad} readings of the attack the representation was NaN or infinite, which "
+                "counts as no success: check the encoder's weights and dtype."
             )
 
     def gallery(self, session: Session) -> dict[str, np.ndarray]:

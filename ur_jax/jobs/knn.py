@@ -24,6 +24,7 @@ from ur_jax.data import evenly_spaced, labels
 from ur_jax.errors import UserError
 from ur_jax.jobs import parts
 from ur_jax.jobs.base import ImagesLike, Job, Session, register
+from ur_jax.metrics.checks import check_spread
 from ur_jax.runs.summary import Row, Summary
 
 PIXELS = "raw pixels"
@@ -113,6 +114,7 @@ class Knn(Job):
             raise UserError(
                 f"Only {len(votes['index'])} voting images could be read, for k = {self.k}."
             )
+        check_spread(votes["clean"], f"encoder {self.model.name!r}")
         rows = []
         for name, features in ((PIXELS, _centred_pixels), (self.model.name, _representations)):
             estimate = metrics.knn_accuracy(

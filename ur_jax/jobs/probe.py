@@ -75,6 +75,11 @@ class Probe(Job):
         check_whole(self, "num_images", "num_test_images", optional=True)
         check_whole(self, "num_draws")
         check_whole(self, "seed", least=0)
+        if self.num_draws > 1 and not self.cached:
+            raise UserError(
+                f"Expected num_draws={self.num_draws} with cached=True: without it, every epoch "
+                "draws anew."
+            )
         labels.parse_map(self.class_map)
 
     @property

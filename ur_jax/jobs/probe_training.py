@@ -20,6 +20,7 @@ from ur_jax.encoders import checkpoints
 from ur_jax.errors import UserError
 from ur_jax.jobs import parts
 from ur_jax.jobs.base import Session
+from ur_jax.metrics.checks import check_spread
 from ur_jax.probes import linear
 from ur_jax.probes.linear import ProbeState
 
@@ -121,6 +122,7 @@ def _encoded_draws(job: Probe, session: Session) -> list[tuple[np.ndarray, np.nd
         draws.append((rows["features"], rows["label"]))
     if not len(draws[0][0]):
         raise UserError(f"None of the {len(indices)} training images could be read.")
+    check_spread(draws[0][0], f"encoder {job.model.name!r}")
     return draws
 
 
@@ -147,6 +149,11 @@ def _row(job: Probe, epoch: int, totals: linear.Totals) -> dict[str, float]:
     count = max(float(totals.images), 1.0)
     loss, accuracy = float(totals.loss) / count, float(totals.correct) / count
     rate = job.training.learning_rate_at(epoch)
+    if totals.bad:
+        raise UserError(
+            f"The features of {totals.bad:.0f} images were NaN or infinite in epoch {epoch + 1}: "
+            "check the encoder's weights, its preprocessing and dtype."
+        )
     if not math.isfinite(loss):
         raise UserError(
             f"The loss is {loss} in epoch {epoch + 1} with learning rate {rate:g}; lower it, or "

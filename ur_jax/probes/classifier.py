@@ -11,6 +11,7 @@ from flax import struct
 
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError
+from ur_jax.metrics.checks import check_spread, finite_matrix
 from ur_jax.types import Array
 
 
@@ -35,9 +36,7 @@ class Classifier:
         return self.encoder(images) @ self.kernel + self.bias
 
 
-def nearest_image_classifier(
-    encoder: Encoder, representations: Array | np.ndarray
-) -> Classifier:
+def nearest_image_classifier(encoder: Encoder, representations: Array | np.ndarray) -> Classifier:
     """Classifier without labels: class j is "nearest, in l2, to the representation of image j".
 
         argmin_j |f - c_j|^2 = argmax_j 2 <f, c_j - m> - |c_j - m|^2 - 2 <m, c_j - m>
@@ -47,7 +46,14 @@ def nearest_image_classifier(
     Args:
       encoder: the encoder f.
       representations: [K, D] float32, clean representations c_j, K >= 2.
+
+    Raises:
+      UserError: for fewer than two of them, not finite ones, or ones that are all the same point.
     """
+    representations = finite_matrix("representations", representations)
+    if len(representations) < 2:
+        raise UserError(f"Expected at least 2 representations, got {len(representations)}.")
+    check_spread(representations, f"encoder {encoder.name!r}")
     mean = representations.mean(axis=0)
     shifted = representations - mean
     bias = -(shifted**2).sum(axis=1) - 2 * shifted @ mean

@@ -99,11 +99,13 @@ class ProbeState(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over the images of some steps: losses, correct predictions, images."""
+    """Sums over the images of some steps: losses, correct predictions, images, and those of them
+    whose features are NaN or infinite."""
 
     loss: Array
     correct: Array
     images: Array
+    bad: Array
 
 
 def init_state(key: Key, dimension: int, num_classes: int, *, config: ProbeConfig) -> ProbeState:
@@ -154,6 +156,9 @@ def train_step(
     count = weights.sum()
     share = weights / jnp.maximum(count, 1.0)
     mean, var = state.mean, state.var
+    # Of an image that could not be read, the features may be NaN, and 0 times NaN is NaN.
+    features = jnp.where(mask[:, None], features, jnp.float32(0))
+    bad = weights @ jnp.any(~jnp.isfinite(features), axis=-1).astype(jnp.float32)
     if config.batch_norm:
         batch_mean = share @ features
         batch_var = share @ jnp.square(features - batch_mean)
@@ -174,7 +179,7 @@ def train_step(
     stepped = ProbeState(params, optimizer, mean, var)
     stepped = jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), stepped, state)
     correct = weights @ (logits.argmax(-1) == labels).astype(jnp.float32)
-    return stepped, Totals(loss, correct, count)
+    return stepped, Totals(loss, correct, count, bad)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=0)
@@ -280,10 +285,14 @@ def classify(
 ) -> tuple[Array, Array]:
     """Predicted classes and `label_ranks`, both (B,) int32, of images (B,H,W,3) in [0,1].
 
+    Logits that are NaN or infinite are of no class: -1.
+
     Args:
       classifier: a pytree that maps images to logits (B,K), e.g. `certify.Classifier`.
       images: (B,H,W,3) float32.
       labels: (B,) int32; where it is negative, the rank is that of class 0 and means nothing.
     """
     logits = classifier(images)
-    return logits.argmax(-1).astype(jnp.int32), label_ranks(logits, jnp.maximum(labels, 0))
+    is_finite = jnp.isfinite(logits).all(-1)
+    predicted = jnp.where(is_finite, logits.argmax(-1).astype(jnp.int32), jnp.int32(-1))
+    return predicted, label_ranks(logits, jnp.maximum(labels, 0))
