@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ur_jax import runs
-from ur_jax.report import collect as results
+from ur_jax.runs import Row, Summary
 from ur_jax.stats.intervals import Estimate, median_interval, proportion_interval
 
 ENCODERS = (
@@ -42,7 +42,7 @@ def make(
             num_images, num_steps, num_certified, num_test, pictures
         )
     stages = sorted(path.parent.name for path in (workdir / encoders[0]).glob("*/summary.json"))
-    planned = {"schema": runs.SCHEMA, "command": "python experiments/benchmark.py"}
+    planned: dict = {"command": "ur-jax benchmark"}
     planned["stages"] = dict.fromkeys(stages, "")
     for encoder in encoders:
         runs.write_json(workdir / encoder / "plan.json", planned)
@@ -57,14 +57,13 @@ class _Encoder:
     def fill(self, num_images, num_steps, num_certified, num_test, pictures) -> None:
         scale = 1.0 + 9.0 * self.rng.random()
         clean = [
-            results.row("median_clean_distance", Estimate(scale, np.nan, np.nan, 100_000),
-                        divergence=d)
+            Row.of("median_clean_distance", Estimate(scale, np.nan, np.nan, 100_000), divergence=d)
             for d in DIVERGENCES
-        ]  # fmt: skip
+        ]
         levels = np.arange(1, 1000) / 1000
         columns = {"level": levels} | {f"dist_{d}": scale * (0.5 + levels) for d in DIVERGENCES}
         runs.write_table(self.folder / "distances" / "distances.parquet", columns)
-        self.summary("distances", clean)
+        self.summary("distances", clean, "evaluate", stages=["distances"])
         for eps in (0.05, 0.1):
             self.attacks(eps, scale, num_images, num_steps)
         self.overlap(scale, num_images)
@@ -78,17 +77,17 @@ class _Encoder:
             }  # fmt: skip
             runs.write_table(self.folder / f"probe-{kind}" / "predictions.parquet", rows)
             estimate = proportion_interval(int(hits.sum()), num_test)
-            row = results.row("top_1_accuracy", estimate, images=kind)
-            self.summary(f"probe-{kind}", [row])
+            row = Row.of("top_1_accuracy", estimate, images=kind)
+            self.summary(f"probe-{kind}", [row], "probe", views={"kind": kind})
         self.certificates(scale, num_certified)
         rate = proportion_interval(int(500 * self.weakness), 1000)
         for representation in ("impersonation",):
             rows = [
-                results.row("impersonation_success", rate, eps=0.1, step=step, images=images)
+                Row.of("impersonation_success", rate, eps=0.1, step=step, images=images)
                 for step in (3, 50)
                 for images in ("cat -> dog", "dog -> cat", "both")
             ]
-            self.summary(representation, rows)
+            self.summary(representation, rows, "impersonate")
             if pictures:
                 self.picture(representation, "impersonations.png")
 
@@ -121,11 +120,11 @@ class _Encoder:
                     for step in (s for s in READ_AT if s < num_steps):
                         values = np.clip(distances[:, step] / scale, 0, 1)
                         estimate = median_interval(values)
-                        row = results.row(name, estimate, divergence=d, eps=eps, step=step)
+                        row = Row.of(name, estimate, divergence=d, eps=eps, step=step)
                         rows.append(row)
         joined = {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
         runs.write_table(self.folder / stage / "attacks.parquet", joined)
-        self.summary(stage, rows)
+        self.summary(stage, rows, "evaluate", stages=["attacks"])
 
     def overlap(self, scale, num_images) -> None:
         margin = self.rng.normal(0.8 - self.weakness, 0.2, num_images)
@@ -136,8 +135,9 @@ class _Encoder:
         runs.write_table(self.folder / "overlap" / "pairs.parquet", columns)
         risk = proportion_interval(int((margin < 0).sum()), num_images)
         at = {"divergence": "l2", "eps": 0.05, "step": 10}
-        rows = [results.row("adversarial_margin", median_interval(margin), **at)]
-        self.summary("overlap", [*rows, results.row("overlap_risk", risk, **at)])
+        rows = [Row.of("adversarial_margin", median_interval(margin), **at)]
+        rows.append(Row.of("overlap_risk", risk, **at))
+        self.summary("overlap", rows, "evaluate", stages=["overlap"])
 
     def breakaway(self, num_images, pictures) -> None:
         rank = self.rng.geometric(1.0 - 0.9 * self.weakness, num_images) - 1
@@ -145,13 +145,11 @@ class _Encoder:
         runs.write_table(self.folder / "breakaway" / "neighbours.parquet", columns)
         at = {"divergence": "l2", "eps": 0.05, "step": 25}
         share = rank.mean() / 1000
-        rows = [
-            results.row("breakaway_risk", Estimate(share, 0.9 * share, 1.1 * share, 1000), **at)
-        ]
+        rows = [Row.of("breakaway_risk", Estimate(share, 0.9 * share, 1.1 * share, 1000), **at)]
         for k in (1, 5):
             estimate = proportion_interval(int((rank < k).sum()), num_images)
-            rows.append(results.row(f"top_{k}_accuracy", estimate, **at))
-        self.summary("breakaway", rows)
+            rows.append(Row.of(f"top_{k}_accuracy", estimate, **at))
+        self.summary("breakaway", rows, "evaluate", stages=["breakaway"])
         if pictures:
             self.picture("breakaway", "gallery.png")
 
@@ -166,9 +164,10 @@ class _Encoder:
         }  # fmt: skip
         path = self.folder / "certified-divergence"
         runs.write_table(path / "certificates.parquet", columns)
-        rows = [results.row("median_quantile", median_interval(quantile))]
+        rows = [Row.of("median_quantile", median_interval(quantile))]
         certified = proportion_interval(int((~abstained).sum()), number)
-        self.summary("certified-divergence", [*rows, results.row("certified", certified)])
+        rows.append(Row.of("certified", certified))
+        self.summary("certified-divergence", rows, "certify", method="center")
 
         radius = np.clip(self.rng.normal(0.6 - 0.5 * self.weakness, 0.2, number), 0, 0.9)
         label = np.zeros(number, np.int32)
@@ -183,10 +182,10 @@ class _Encoder:
         for at in (0.0, 0.1, 0.25, 0.5, 0.75, 0.9):
             hits = int(((radius >= at) & (radius > 0) & (predicted == label)).sum())
             estimate = proportion_interval(hits, number)
-            rows.append(results.row("certified_accuracy", estimate, radius=at))
+            rows.append(Row.of("certified_accuracy", estimate, radius=at))
         counted = np.where(predicted == label, radius, 0)
-        rows.append(results.row("average_certified_radius", median_interval(counted)))
-        self.summary("certified-accuracy", rows)
+        rows.append(Row.of("average_certified_radius", median_interval(counted)))
+        self.summary("certified-accuracy", rows, "certify", method="randomized")
 
     def picture(self, stage, name) -> None:
         path = self.folder / stage / name
@@ -194,11 +193,12 @@ class _Encoder:
         small = self.rng.integers(0, 256, (40, 60, 3)).astype(np.uint8)
         Image.fromarray(small).resize((1560, 1260), Image.Resampling.BICUBIC).save(path)
 
-    def summary(self, stage: str, rows: list) -> None:
+    def summary(self, stage: str, rows: list[Row], job: str, **settings) -> None:
         """Writes the summary and the plan's record of a stage."""
-        config = {"encoder": self.folder.name, "weights_sha256": "0" * 64, "stage": stage}
-        summary = {**runs.provenance(), "config": config, "metrics": rows, "unreadable": {}}
-        runs.write_json(self.folder / stage / "summary.json", summary)
+        identity = {"encoder": self.folder.name, "weights_sha256": "0" * 64, **settings}
+        made = Summary(job, f"{job}: {self.folder.name}, made up", identity, tuple(rows))
+        (self.folder / stage).mkdir(parents=True, exist_ok=True)
+        made.write(self.folder / stage)
         record = {"fingerprint": "0" * 16, "finished": True, "sessions": 1, "seconds": 12.5}
         record |= {"hosts": 1, "device": "made up", "work": None, "samples": 1}
         runs.write_json(self.folder / f"{stage}.json", record)

@@ -46,6 +46,9 @@ _SCRIPTS = {
 }
 """Commands that are no jobs, and their modules."""
 
+_WITHOUT_DEVICES = ("report", "verify", "repair")
+"""Commands that only read and write files, so that they may run while a benchmark does."""
+
 
 class Command(NamedTuple):
     """What a name on the command line stands for.
@@ -65,9 +68,14 @@ class Command(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console command; returns the exit status: 0 done, 1 in part, 2 bad input."""
-    name, *words = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name, *words = take_global_flags(given) or ["--help"]
+    except UserError as error:
+        return _refuse(error)
     if name in ("-h", "--help", "--version"):
-        console.print(ur_jax.__version__ if name == "--version" else usage(), highlight=False)
+        text = ur_jax.__version__ if name == "--version" else usage()
+        console.print(text, highlight=False, markup=False)
         return 0
     return run(name, words)
 
@@ -98,6 +106,8 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         words = take_global_flags(words)
+        if name in _WITHOUT_DEVICES:
+            jax.config.update("jax_platforms", "cpu")  # no accelerator, nor a pod's other hosts
         hosts.join()  # before any other use of JAX
         list_buckets_anew()
         # One CPU device per core: XLA's convolution gradients otherwise keep to one core.
@@ -107,9 +117,14 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
         console.quiet = not hosts.is_first()
         return int(command.main(parse(command, words, prog=f"ur-jax {name}")) or 0)
     except UserError as error:
-        console.quiet = False
-        console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-        return 2
+        return _refuse(error)
+
+
+def _refuse(error: UserError) -> int:
+    """Prints bad input; returns its exit status."""
+    console.quiet = False
+    console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+    return 2
 
 
 def find(name: str) -> Command:

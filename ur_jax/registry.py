@@ -96,6 +96,9 @@ class Registry(Mapping[str, T]):
         self._load()
         return len(self._items)
 
+    def __repr__(self) -> str:
+        return f"Registry({self.kind!r}, {len(self)} names)"
+
     def _load(self) -> None:
         """Asks installed packages, once."""
         if not self._pending:

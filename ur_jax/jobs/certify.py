@@ -231,7 +231,7 @@ class Certify(Job):
         curves = list(self._kind.curves(columns))
         if curves:
             panels = [(curve.x, curve.value, curve.x_label) for curve in curves]
-            plots._plot_fractions(session.run.path / "curves.png", panels, curves[0].y_label)
+            plots.plot_fractions(session.run.path / "curves.png", panels, curves[0].y_label)
 
     @classmethod
     def curves(

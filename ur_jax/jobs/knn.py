@@ -27,8 +27,8 @@ from ur_jax.jobs.base import ImagesLike, Job, Session, register
 from ur_jax.metrics.checks import check_spread
 from ur_jax.runs.summary import Row, Summary
 
-PIXELS = "raw pixels"
-"""What the encoder is compared with; the row's "images" is this or the encoder's name."""
+PIXELS, FEATURES = "raw pixels", "representations"
+"""What neighbours are nearest in: a row's "images"."""
 
 
 @register("knn")
@@ -116,7 +116,7 @@ class Knn(Job):
             )
         check_spread(votes["clean"], f"encoder {self.model.name!r}")
         rows = []
-        for name, features in ((PIXELS, _centred_pixels), (self.model.name, _representations)):
+        for name, features in ((PIXELS, _centred_pixels), (FEATURES, _representations)):
             estimate = metrics.knn_accuracy(
                 features(votes),
                 votes["label"],

@@ -30,10 +30,11 @@ from ur_jax.metrics.neighbours import (
     neighbour_ranks,
     update_ranks,
 )
-from ur_jax.metrics.registry import METRICS, Metric, summarise
+from ur_jax.metrics.registry import METRICS, Column, Metric, summarise
 
 __all__ = [
     "METRICS",
+    "Column",
     "DistanceDistribution",
     "Metric",
     "Neighbours",

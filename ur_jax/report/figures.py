@@ -1,6 +1,7 @@
 """Figures that compare encoders, for a page on light or dark ground and for papers.
 
-Each function returns a matplotlib figure. `save` writes it as PNG and PDF, `to_svg` returns markup
+A job says what there is to draw (`jobs.base.Curve`), `gather` puts the curves of all encoders
+together, `draw` makes a figure of them. `save` writes it as PNG and PDF, `to_svg` returns markup
 whose text and axes take the colour of the text around it.
 """
 
@@ -10,16 +11,23 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 
-from ur_jax.report.compare import Curve
-from ur_jax.runs import atomic_path
+from ur_jax.jobs import JOBS
+from ur_jax.jobs.base import Curve
+from ur_jax.metrics import METRICS
+from ur_jax.report import canvas
+from ur_jax.report.collect import Results
+from ur_jax.runs import as_folder, atomic_path
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend)
-from matplotlib.figure import Figure  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Panels = Mapping[str, Mapping[str, Curve]]
+"""{panel: {encoder: its curve}} of one figure."""
 
 _INK = "#26262b"
 # Legible on white and on near-black; hues that colour-blind readers tell apart (Okabe and Ito).
@@ -38,131 +46,164 @@ _STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
     "legend.frameon": False,
+    "text.parse_math": False,  # a "$" in an encoder's name is one
     "svg.fonttype": "none",
     "svg.hashsalt": "ur_jax",
     "pdf.fonttype": 42,
 }
 
 
-def distance_figure(
-    curves: Mapping[str, Mapping[str, Curve]], eps: float, names: Sequence[str]
-) -> Figure:
-    """Distance against attack step: a panel per mode, a line per encoder.
+def gather(
+    workdir: Path, found: Results
+) -> tuple[dict[str, dict[str, dict[str, Curve]]], list[str]]:
+    """The curves of all stages, as their jobs give them.
 
     Args:
-      curves: from `comparison.attack_curves`.
-      eps: of these attacks.
-      names: all encoders, so that each looks the same in every figure.
+      workdir: the working directory.
+      found: what is in it.
+
+    Returns:
+      {figure: {panel: {encoder: curve}}} in the order of the metrics, and a line for each stage
+      whose curves cannot be drawn.
     """
-    labels = {
-        "untargeted": "distance moved / median clean distance",
-        "targeted": "distance to the target / that at the start",
-    }
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-        for axis, (mode, by_encoder) in zip(axes, curves.items()):
-            for name, curve in by_encoder.items():
-                _line(axis, names, name, curve)
-            axis.set(title=f"{mode}, eps {eps:g}", xlabel="attack step", ylabel=labels[mode])
-            axis.set_ylim(bottom=0.0)
-        _legend(figure, axes)
-    return figure
+    order: dict[str, int] = {}
+    for metric in METRICS.values():
+        for column in metric.columns:
+            order.setdefault(column.job, len(order))
+    place = lambda item: (order.get(item[1].job, len(order)), item[0])
+    stages = sorted(found.summaries.items(), key=place)
+    figures: dict[str, dict[str, dict[str, Curve]]] = {}
+    problems = []
+    for (encoder, stage), summary in stages:
+        job = JOBS.get(summary.job)
+        if job is None:
+            problems.append(
+                f"{encoder}/{stage}: there is no job {summary.job!r}, so that its curves are not "
+                "drawn; name its file by --plugin."
+            )
+            continue
+        folder = as_folder(workdir) / encoder / stage
+        changed = summary.damaged_tables(folder)
+        if changed:
+            tables = ", ".join(str(folder / name) for name in changed)
+            problems.append(f"{tables}: not as written with summary.json; no curves are drawn.")
+            continue
+        try:
+            curves = list(job.curves(folder, summary, found.siblings(encoder, stage)))
+        except (OSError, ValueError, KeyError) as error:  # of a table that is damaged or not there
+            problems.append(f"{encoder}/{stage}: its curves cannot be drawn ({error})")
+            continue
+        for curve in curves:
+            panel = figures.setdefault(curve.figure, {}).setdefault(curve.panel, {})
+            panel[f"{encoder}/{stage}" if encoder in panel else encoder] = curve
+    return figures, problems
 
 
-def margin_figure(margins: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Margin ratio against the clean distance of the pair, a panel per encoder.
+def draw(panels: Panels, encoders: Sequence[str]) -> Figure:
+    """One figure: a panel each with a line per encoder; of points, a panel per encoder.
 
     Args:
-      margins: from `comparison.margins`.
+      panels: the curves.
+      encoders: all of them, so that each looks the same in every figure.
     """
-    num_columns = min(5, max(3, len(margins)))
-    num_rows = math.ceil(len(margins) / num_columns)
-    size = (1.9 * num_columns + 0.6, 1.9 * num_rows + 0.5)
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(
-            num_rows, num_columns, figsize=size, sharex=True, sharey=True, squeeze=False,
-            layout="constrained",
-        )  # fmt: skip
-        for axis, (name, (clean, margin)) in zip(axes.flat, margins.items()):
-            axis.axhline(0.0, color="#d55e00", linewidth=1)
-            axis.scatter(clean, margin, s=4, alpha=0.4, color=_COLORS[0], lw=0, rasterized=True)
-            risk = float(np.mean(margin < 0)) if len(margin) else math.nan
-            axis.set_title(f"{name}\n{risk:.1%} below 0", fontsize=8)
-        for axis in axes.flat[len(margins) :]:
-            axis.set_axis_off()
-        figure.supxlabel("clean distance of the pair / median clean distance", fontsize=9)
-        figure.supylabel("margin ratio", fontsize=9)
-    return figure
-
-
-def step_figure(
-    panels: Sequence[tuple[str, Mapping[str, Curve]]], label: str, names: Sequence[str]
-) -> Figure:
-    """Shares of images as step functions: a line per encoder.
-
-    Args:
-      panels: (label of x, {encoder: curve}) each.
-      label: of y.
-      names: all encoders, so that each looks the same in every figure.
-    """
-    with plt.rc_context(_STYLE):
+    curves = [curve for by_encoder in panels.values() for curve in by_encoder.values()]
+    if curves[0].kind == "points":
+        return _points(panels)
+    names = [*encoders, *sorted({name for each in panels.values() for name in each} - {*encoders})]
+    with canvas.styled(_STYLE):
         size = (4.75 * max(len(panels), 1.3), 3.8)
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=size, squeeze=False, layout="constrained"
+        figure, axes = canvas.new_figure(1, len(panels), size)
+        handles: dict[str, Any] = {}
+        for axis, (title, by_encoder) in zip(axes[0], panels.items()):
+            first = next(iter(by_encoder.values()))
+            axis.set(xlabel=first.x_label, ylabel=first.y_label)
+            if len(panels) > 1:
+                axis.set_title(title)
+            add = _add_steps if first.kind == "step" else _add_lines
+            handles |= add(axis, names, by_encoder)
+        order = sorted(handles)
+        figure.legend(
+            [handles[name] for name in order], order, loc="outside right center", fontsize=8
         )
-        for axis, (x_label, curves) in zip(axes[0], panels):
-            right = max((float(curve.x[-1]) for curve in curves.values()), default=0.0)
-            right = 1.05 * right if right > 0 else 1.0
-            for name, curve in curves.items():
-                x, y = np.append(curve.x, right), np.append(curve.value, curve.value[-1])
-                color, line = _look(names, name)
-                axis.step(x, y, where="post", color=color, linestyle=line, label=name)
-            axis.set(xlabel=x_label, ylabel=label, ylim=(-0.02, 1.02), xlim=(0.0, right))
-        _legend(figure, axes[0])
     return figure
 
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure as PATH.png and PATH.pdf, on white, the same bytes every time."""
     for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-        with atomic_path(path.with_name(f"{path.name}.{suffix}")) as temporary:
+        target = path.with_name(f"{path.name}.{suffix}")
+        with atomic_path(target) as temporary, canvas.styled(_STYLE):
             figure.savefig(temporary, format=suffix, dpi=200, facecolor="white", metadata=metadata)
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as an SVG element, and closes it."""
+    """The figure as an SVG element."""
     text = io.StringIO()
-    with plt.rc_context(_STYLE):
+    with canvas.styled(_STYLE):
         figure.savefig(text, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
     markup = text.getvalue()
     return markup[markup.index("<svg") :].replace(_INK, "currentColor")
 
 
-def _line(axis, names, name, curve) -> None:
-    """Draws one encoder's curve with its interval."""
-    color, line = _look(names, name)
-    axis.plot(curve.x, curve.value, color=color, linestyle=line, label=name, linewidth=1.5)
-    if curve.low is not None:
-        finite = np.isfinite(curve.low) & np.isfinite(curve.high)
-        axis.fill_between(
-            curve.x, curve.low, curve.high, where=finite, color=color, alpha=0.12, linewidth=0
+def _add_lines(axis: Axes, names: Sequence[str], curves: Mapping[str, Curve]) -> dict[str, Any]:
+    """Draws curves with their intervals; returns what the legend shows of each."""
+    handles = {}
+    for name, curve in curves.items():
+        color, line = _look(names, name)
+        [handles[name]] = axis.plot(
+            curve.x, curve.value, color=color, linestyle=line, linewidth=1.5
         )
+        if curve.low is not None and curve.high is not None:
+            finite = np.isfinite(curve.low) & np.isfinite(curve.high)
+            axis.fill_between(
+                curve.x, curve.low, curve.high, where=finite, color=color, alpha=0.12, linewidth=0
+            )
+    if all(np.nanmin(curve.value, initial=0.0) >= 0.0 for curve in curves.values()):
+        axis.set_ylim(bottom=0.0)
+    return handles
+
+
+def _add_steps(axis: Axes, names: Sequence[str], curves: Mapping[str, Curve]) -> dict[str, Any]:
+    """Draws shares as step functions; returns what the legend shows of each."""
+    right = max((float(curve.x[-1]) for curve in curves.values()), default=0.0)
+    right = 1.05 * right if right > 0 else 1.0
+    handles = {}
+    for name, curve in curves.items():
+        x, y = np.append(curve.x, right), np.append(curve.value, curve.value[-1])
+        color, line = _look(names, name)
+        [handles[name]] = axis.step(x, y, where="post", color=color, linestyle=line)
+    axis.set(ylim=(-0.02, 1.02), xlim=(0.0, right))
+    return handles
+
+
+def _points(panels: Panels) -> Figure:
+    """Points, a panel per encoder, with the share of them below 0."""
+    shown = {
+        name if len(panels) == 1 else f"{name}, {panel}": curve
+        for panel, by_encoder in panels.items()
+        for name, curve in by_encoder.items()
+    }
+    num_columns = min(5, max(3, len(shown)))
+    num_rows = math.ceil(len(shown) / num_columns)
+    size = (1.9 * num_columns + 0.6, 1.9 * num_rows + 0.5)
+    with canvas.styled(_STYLE):
+        figure, axes = canvas.new_figure(num_rows, num_columns, size, sharex=True, sharey=True)
+        for axis, (name, curve) in zip(axes.flat, shown.items()):
+            axis.axhline(0.0, color="#d55e00", linewidth=1)
+            axis.scatter(
+                curve.x, curve.value, s=4, alpha=0.4, color=_COLORS[0], lw=0, rasterized=True
+            )
+            share = float(np.mean(curve.value < 0)) if len(curve.value) else math.nan
+            axis.set_title(f"{name}\n{share:.1%} below 0", fontsize=8)
+        for axis in axes.flat[len(shown) :]:
+            axis.set_axis_off()
+        first = next(iter(shown.values()))
+        figure.supxlabel(first.x_label, fontsize=9)
+        figure.supylabel(first.y_label, fontsize=9)
+    return figure
 
 
 def _look(names: Sequence[str], name: str) -> tuple[str, str]:
     """Colour and line of an encoder."""
     place = list(names).index(name)
     return _COLORS[place % len(_COLORS)], _LINES[place // len(_COLORS) % len(_LINES)]
-
-
-def _legend(figure: Figure, axes) -> None:
-    """One legend for all panels, on the right."""
-    found: dict[str, object] = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        found |= dict(zip(labels, handles))
-    if found:
-        order = sorted(found)
-        handles = [found[name] for name in order]
-        figure.legend(handles, order, loc="outside right center", fontsize=8)

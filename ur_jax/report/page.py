@@ -1,140 +1,250 @@
 """The report as one HTML file that needs nothing else: tables that sort, figures, pictures.
 
-The functions here return markup; `render` puts the parts into `page.html`, which has the style and
-the script. Every text from outside is escaped.
+A page is plain data, the dataclasses here; `page.html`, a jinja template, has the markup, the style
+and the script. Every text is escaped there.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape as escape
 from pathlib import Path
-from string import Template
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
-from ur_jax.report import collect as results
-from ur_jax.report.compare import Column
+from ur_jax.errors import require
+from ur_jax.report.compare import Compared, Correlation, best
+from ur_jax.runs import Row
 
-_TEMPLATE = Path(__file__).with_name("page.html")
 _ARROWS = {"high": "higher is robust", "low": "lower is robust"}
 _LABELLED_ARROWS = {"high": "higher is better", "low": "lower is better"}
 _LARGEST_WIDTH = 1400
 
 
-def render(title: str, body: Iterable[str]) -> str:
-    """The page.
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A cell of a table, or the heading of a column.
 
-    Args:
-      title: of the window.
-      body: markup of its parts.
+    Attributes:
+      text: what it says.
+      small: lines below it.
+      sorted_by: what the column sorts by, where that is not the text.
+      kind: class of the element: "best", "none", "text".
+      title: what is told where the mouse rests.
     """
-    return Template(_TEMPLATE.read_text()).substitute(title=escape(title), body="\n".join(body))
+
+    text: str
+    small: tuple[str, ...] = ()
+    sorted_by: str | None = None
+    kind: str = ""
+    title: str = ""
 
 
-def comparison_table(encoders: Sequence[str], columns: Sequence[Column]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A part of a section."""
+
+    template: ClassVar[str]
+    """Name of the template's macro that writes it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Paragraph(Block):
+    """Plain text.
+
+    Attributes:
+      text: the text.
+      kind: "soft", "bad" or "".
+    """
+
+    template: ClassVar[str] = "paragraph"
+    text: str
+    kind: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Heading(Block):
+    """A heading within a section."""
+
+    template: ClassVar[str] = "heading"
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Code(Block):
+    """A command or JSON."""
+
+    template: ClassVar[str] = "code"
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Block):
+    """A table that sorts; with an identifier it scrolls and can be filtered.
+
+    Attributes:
+      heads: headings of the columns.
+      rows: cells, row by row.
+      identifier: of the element; no two alike on a page.
+    """
+
+    template: ClassVar[str] = "table"
+    heads: Sequence[Cell]
+    rows: Sequence[Sequence[Cell]]
+    identifier: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure(Block):
+    """A figure with its caption.
+
+    Attributes:
+      caption: text.
+      svg: markup of ours, put in as it is.
+      picture: instead of it, see `Picture`.
+      files: names of the same figure's files.
+    """
+
+    template: ClassVar[str] = "figure"
+    caption: str
+    svg: str = ""
+    picture: Picture | None = None
+    files: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image inside the page: WebP, in base64, with what it shows for those who cannot see it."""
+
+    data: str
+    width: int
+    height: int
+    alternative: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold(Block):
+    """A part that opens on a click."""
+
+    template: ClassVar[str] = "fold"
+    title: str
+    blocks: Sequence[Block]
+    is_open: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading that the contents link to."""
+
+    identifier: str
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A page.
+
+    Attributes:
+      title: of the window.
+      heading: at the top, with `summary` below it.
+      summary: a few sentences.
+      sections: in order.
+    """
+
+    title: str
+    heading: str
+    summary: str
+    sections: Sequence[Section]
+
+
+def render(page: Page) -> str:
+    """The page as HTML.
+
+    Raises:
+      MissingPackageError: without jinja2, of the extra `report`.
+    """
+    jinja2 = require("jinja2", "report", "Writing the page")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(page=page)
+
+
+def comparison_table(encoders: Sequence[str], columns: Sequence[Compared]) -> Table:
     """A row per encoder, a column per metric; the best is marked where the intervals bear it out.
 
     Args:
       encoders: all of them.
-      columns: from `comparison.columns`.
+      columns: from `compare.columns`.
     """
-    heads = ["<th><button>encoder</button></th>"]
-    marked = []
+    heads, marked = [Cell("encoder")], []
     for column in columns:
-        arrows = _LABELLED_ARROWS if column.headline.labels else _ARROWS
-        ns = {row["n"] for row in column.cells.values()}
-        lines = [column.setting, arrows.get(column.robust, "")]
-        lines += [f"n = {ns.pop()}"] if len(ns) == 1 else [f"n = {min(ns)} to {max(ns)}"]
-        small = "".join(f"<small>{escape(line)}</small>" for line in lines if line)
-        heads.append(f"<th><button>{escape(column.headline.title)}{small}</button></th>")
+        heads.append(_heading(column))
         names = list(column.cells)
-        place = results.best([column.cells[name] for name in names], column.robust)
+        place = best([column.cells[name] for name in names], column.robust)
         marked.append(None if place is None else names[place])
-    body = []
-    for encoder in encoders:
-        cells = [f"<td>{escape(encoder)}</td>"]
-        for column, best in zip(columns, marked):
-            cells.append(_cell(column.cells.get(encoder), encoder == best))
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    return _table(heads, body)
+    rows = [
+        [Cell(name), *(_cell(c.cells.get(name), name == best) for c, best in zip(columns, marked))]
+        for name in encoders
+    ]
+    return Table(heads, rows)
 
 
-def correlation_table(found: Iterable[tuple[Column, Column, Any, int]]) -> str:
+def correlation_table(
+    found: Iterable[tuple[Compared, Compared, Correlation | None, int]],
+) -> Table:
     """Rank correlations: a row per metric without labels, a column per metric with labels.
 
     Args:
-      found: from `comparison.correlations`.
+      found: from `compare.correlations`.
     """
-    cells: dict[str, dict[str, str]] = {}
-    heads: dict[str, None] = {}
+    cells: dict[tuple[str, str], dict[tuple[str, str], Cell]] = {}
+    heads: dict[tuple[str, str], None] = {}
     for first, second, correlation, n in found:
-        row, column = (f"{c.headline.title}|{c.setting}" for c in (first, second))
+        row, column = ((each.column.title, each.setting) for each in (first, second))
         heads[column] = None
         if correlation is None:
-            text = f'<td class="none" data-value="">n = {n}</td>'
+            cell = Cell(f"n = {n}", kind="none", sorted_by="")
         else:
             rho, tau, p_value, n = correlation
-            text = (
-                f'<td data-value="{rho!r}">{rho:+.2f}<small>tau {tau:+.2f}, n = {n}</small>'
-                f"<small>p {p_value:.2g}</small></td>"
-            )
-        cells.setdefault(row, {})[column] = text
-    head = ["<th><button>without labels</button></th>"]
-    head += [f"<th><button>{_two_lines(column)}</button></th>" for column in heads]
-    body = [
-        f"<tr><td>{_two_lines(row)}</td>{''.join(by_column[c] for c in heads)}</tr>"
-        for row, by_column in cells.items()
-    ]
-    return _table(head, body)
+            lines = f"tau {tau:+.2f}, n = {n}", f"p {p_value:.2g}"
+            cell = Cell(f"{rho:+.2f}", lines, repr(rho))
+        cells.setdefault(row, {})[column] = cell
+    of = lambda title: Cell(title[0], title[1:])
+    rows = [[of(row), *(by_column[c] for c in heads)] for row, by_column in cells.items()]
+    return Table([Cell("without labels"), *map(of, heads)], rows)
 
 
 def plain_table(
     columns: Mapping[str, Sequence[Any]], *, identifier: str = "", text: Sequence[str] = ()
-) -> str:
-    """A table of plain values that sorts; with an identifier it scrolls and can be filtered.
+) -> Table:
+    """A table of plain values.
 
     Args:
       columns: {heading: values}, of equal length.
-      identifier: of the element; no two alike on a page.
+      identifier: of the element, see `Table`.
       text: headings of the columns set to the left.
     """
-    style = [' class="text"' if name in text else "" for name in columns]
-    heads = [
-        f"<th{kind}><button>{escape(name)}</button></th>" for kind, name in zip(style, columns)
+    kinds = ["text" if name in text else "" for name in columns]
+    heads = [Cell(name, kind=kind) for name, kind in zip(columns, kinds)]
+    rows = [
+        [Cell(_shown(v), sorted_by=_sorted_by(v), kind=kind) for v, kind in zip(row, kinds)]
+        for row in zip(*columns.values(), strict=True)
     ]
-    body = []
-    for row in zip(*columns.values(), strict=True):
-        cells = (f"<td{kind}{_data(v)}>{escape(_shown(v))}</td>" for kind, v in zip(style, row))
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    table = _table(heads, body, identifier)
-    if not identifier:
-        return table
-    field = (
-        f'<input data-filter="{escape(identifier)}" aria-label="Filter the rows" '
-        'placeholder="Filter: words that a row must have">'
-    )
-    return field + table + paragraph("Long tables are left out on paper.", "paper")
+    return Table(heads, rows, identifier)
 
 
-def figure(markup: str, caption: str, files: str = "") -> str:
-    """A figure with its caption.
-
-    Args:
-      markup: SVG, or an image from `picture`.
-      caption: text.
-      files: names of the same figure's files, if any.
-    """
-    note = f" Files: <code>{escape(files)}</code>." if files else ""
-    return f"<figure>{markup}<figcaption>{escape(caption)}{note}</figcaption></figure>"
-
-
-def picture(path: Path, alternative: str) -> str:
-    """An image file, inside the page, as WebP.
+def picture(path: Path, alternative: str) -> Picture:
+    """An image file as a part of the page.
 
     Args:
       path: any image that Pillow reads.
@@ -142,71 +252,44 @@ def picture(path: Path, alternative: str) -> str:
     """
     with path.open("rb") as file, Image.open(file) as image:
         image = image.convert("RGB")
-        if image.width > _LARGEST_WIDTH:
-            height = round(image.height * _LARGEST_WIDTH / image.width)
-            image = image.resize((_LARGEST_WIDTH, height))
-        data = io.BytesIO()
-        image.save(data, "WEBP", quality=85)
+    if image.width > _LARGEST_WIDTH:
+        height = round(image.height * _LARGEST_WIDTH / image.width)
+        image = image.resize((_LARGEST_WIDTH, height))
+    data = io.BytesIO()
+    image.save(data, "WEBP", quality=85)
     encoded = base64.b64encode(data.getvalue()).decode()
-    return (
-        f'<img loading="lazy" width="{image.width}" height="{image.height}" '
-        f'alt="{escape(alternative)}" src="data:image/webp;base64,{encoded}">'
-    )
+    return Picture(encoded, image.width, image.height, alternative)
 
 
-def section(title: str, identifier: str, *parts: str) -> str:
-    """A part of the page under a heading that the contents link to."""
-    return f'<section id="{identifier}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'
+def _heading(column: Compared) -> Cell:
+    """Heading of a column: what it shows, under which settings, where robust is, of how many."""
+    arrows = _LABELLED_ARROWS if column.column.labels else _ARROWS
+    ns = {row.n for row in column.cells.values()}
+    count = f"n = {ns.pop()}" if len(ns) == 1 else f"n = {min(ns)} to {max(ns)}"
+    lines = (column.setting, arrows.get(column.robust, ""), count)
+    return Cell(column.column.title, lines, title=column.definition)
 
 
-def fold(title: str, *parts: str, is_open: bool = False) -> str:
-    """A part that opens on a click."""
-    state = " open" if is_open else ""
-    return f"<details{state}><summary>{escape(title)}</summary>{''.join(parts)}</details>"
-
-
-def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of plain text."""
-    return f'<p class="{kind}">{escape(text)}</p>'
-
-
-def code(text: str) -> str:
-    """A block of code or JSON."""
-    return f"<pre><code>{escape(text)}</code></pre>"
-
-
-def _cell(row: Mapping[str, Any] | None, is_best: bool) -> str:
+def _cell(row: Row | None, is_best: bool) -> Cell:
     """A number with its interval."""
     if row is None:
-        return '<td class="none" data-value="">missing</td>'
-    value, low, high = (row[name] for name in ("value", "low", "high"))
-    if value is None:
-        return '<td data-value="Infinity">no finite value</td>'
-    ends = "" if None in (low, high) else f"<small>{_digits(low)} to {_digits(high)}</small>"
-    kind, mark = (' class="best"', " best") if is_best else ("", "")
-    title = f"n = {row['n']}{mark}"
-    return f'<td{kind} data-value="{value!r}" title="{title}">{_digits(value)}{ends}</td>'
+        return Cell("missing", kind="none", sorted_by="")
+    title = f"n = {row.n}" + (" best" if is_best else "")
+    lines = ()
+    if row.n_excluded:
+        lines = (f"n = {row.n} of {row.n + row.n_excluded}",)
+        title += f"; left out: {row.excluded or 'they have no value'}"
+    if not math.isfinite(row.value):
+        sorted_by = "-Infinity" if row.value < 0 else "Infinity"
+        return Cell("no finite value", lines, sorted_by, title=title)
+    if math.isfinite(row.low + row.high):
+        lines = (f"{_digits(row.low)} to {_digits(row.high)}", *lines)
+    return Cell(_digits(row.value), lines, repr(row.value), "best" if is_best else "", title)
 
 
 def _digits(value: float) -> str:
     """Three decimals; two digits of what is nearer to 0 than those would show."""
     return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
-
-
-def _table(heads: Sequence[str], body: Sequence[str], identifier: str = "") -> str:
-    """A table inside a box that scrolls sideways."""
-    name = f' id="{identifier}"' if identifier else ""
-    tall = " tall" if identifier else ""
-    head = f"<thead><tr>{''.join(heads)}</tr></thead>"
-    return (
-        f'<div class="wide{tall}"><table{name}>{head}<tbody>{"".join(body)}</tbody></table></div>'
-    )
-
-
-def _two_lines(title: str) -> str:
-    """A heading and its setting, "heading|setting"."""
-    heading, _, setting = title.partition("|")
-    return escape(heading) + (f"<small>{escape(setting)}</small>" if setting else "")
 
 
 def _shown(value: Any) -> str:
@@ -216,6 +299,6 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _data(value: Any) -> str:
-    """What a cell sorts by, if it is another text than the one shown."""
-    return f' data-value="{value!r}"' if isinstance(value, float) and value == value else ""
+def _sorted_by(value: Any) -> str | None:
+    """What a cell sorts by, if that is another text than the one shown."""
+    return repr(value) if isinstance(value, float) and math.isfinite(value) else None

@@ -40,6 +40,8 @@ class Row:
       radius: of a certificate, l2, in pixel units.
       images: which ones, where there are several kinds: a probe's kind, an impersonation's
         direction.
+      n_excluded: images (or pairs) that were measured and have no value, so that n is without them.
+      excluded: why they have none, in words.
     """
 
     metric: str
@@ -52,10 +54,12 @@ class Row:
     step: int | None = None
     radius: float | None = None
     images: str | None = None
+    n_excluded: int = 0
+    excluded: str = ""
 
     @classmethod
     def of(cls, metric: str, estimate: Estimate, **settings: Any) -> Row:
-        """The row of an estimate, under settings of `SETTINGS`."""
+        """The row of an estimate, under settings of `SETTINGS`, and what it excludes."""
         return cls(metric, *estimate, **settings)
 
     @property
@@ -204,18 +208,31 @@ def table(title: str, rows: Iterable[Row], divergence: str = "l2"):
       divergence: the one to show of several.
 
     Returns:
-      A `rich.table.Table`, at most 80 columns wide.
+      A `rich.table.Table` for 80 columns or more. What was excluded is told below it.
     """
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     shown = [row for row in rows if row.divergence in (None, divergence)]
-    used = [name for name in SETTINGS[1:] if any(getattr(row, name) is not None for row in shown)]
-    found = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    found.add_column("metric", overflow="fold")
-    for name in (*used, "value", "95 % interval", "n"):
-        justify = "left" if name == "images" else "right"
-        found.add_column(name, justify=justify, no_wrap=name != "images")
+    kinds = {name: {getattr(row, name) for row in shown} for name in SETTINGS[1:]}
+    used = [name for name, values in kinds.items() if len(values) > 1]
+    common = [f"{name} {_short(*values)}" for name, values in kinds.items() if len(values) == 1]
+    common = [each for each in common if not each.endswith(" None")]
+    found = Table(
+        title=Text(", ".join([title, *common])),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    found.add_column("metric", overflow="fold", min_width=12)
+    for name in used:
+        is_text = name == "images"  # which may be long, as the other settings are not
+        found.add_column(
+            name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold"
+        )
+    for name in ("value", "95 % interval", "n"):
+        found.add_column(name, justify="right", no_wrap=True)
     found.add_column("robust", no_wrap=True)
     last = None
     for row in shown:
@@ -225,9 +242,21 @@ def table(title: str, rows: Iterable[Row], divergence: str = "l2"):
         settings = ["" if (v := getattr(row, name)) is None else _short(v) for name in used]
         interval = f"{row.low:.3f} to {row.high:.3f}" if math.isfinite(row.low + row.high) else ""
         metric = METRICS.get(row.metric)
+        n = f"{row.n} of {row.n + row.n_excluded}" if row.n_excluded else str(row.n)
         robust = "" if metric is None else metric.robust
-        found.add_row(row.metric, *settings, f"{row.value:.3f}", interval, str(row.n), robust)
+        cells = (row.metric, *settings, f"{row.value:.3f}", interval, n, robust)
+        found.add_row(*map(Text, cells))
+    found.caption = Text("\n".join(exclusions(shown)))
     return found
+
+
+def exclusions(rows: Iterable[Row]) -> list[str]:
+    """Sentences that say which metrics are over fewer images, and why; none where all have all."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.n_excluded:
+            reasons.setdefault(row.excluded or "they have no value", {})[row.metric] = None
+    return [f"Left out of {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def _short(value: Any) -> str:
@@ -235,18 +264,14 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _number(value: float | None, missing: float) -> float:
-    """A number of JSON, which has null for those that are not finite."""
-    return missing if value is None else value
-
-
 def _row(content: Mapping[str, Any]) -> Row:
-    """A row of JSON: a value that is null was infinite (an abstention), an end was not there."""
-    values: dict[str, Any] = {
-        "value": _number(content["value"], math.inf),
-        "low": _number(content["low"], math.nan),
-        "high": _number(content["high"], math.nan),
-    }
+    """A row of JSON, which has null for what is not finite: of a value, the worst there is (an
+    abstention, an attack without bound); of an end, that there is none."""
+    metric = METRICS.get(content["metric"])
+    worst = -math.inf if metric is not None and metric.robust == "high" else math.inf
+    number = lambda name, missing: missing if content[name] is None else float(content[name])
+    values: dict[str, Any] = {"value": number("value", worst)}
+    values |= {name: number(name, math.nan) for name in ("low", "high")}
     names = {field.name for field in dataclasses.fields(Row)}
     return Row(**{k: v for k, v in content.items() if k in names} | values)
 
@@ -256,17 +281,26 @@ def _rows_of(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "rows": tuple(_row(row) for row in content["rows"])}
 
 
+_JOBS_OF_SCHEMA_2 = {
+    "protocol": "evaluate",
+    "method": "certify",
+    "views": "probe",
+    "groups": "impersonate",
+}
+"""The jobs of then, by a setting that only theirs had."""
+
+
 def _from_schema_2(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a summary as schema 2 had them."""
+    """The fields of a summary as schema 2 had them: its job was not named."""
     known = ("schema", "commit", "versions", "device", "matmul_precision")
     unreadable = content.get("unreadable", {})
     if isinstance(unreadable, list):
         unreadable = dict.fromkeys(unreadable, "")
-    config = dict(content["config"])
-    config.setdefault("weights", config.get("weights_sha256", ""))
+    config = {k: v for k, v in content["config"].items() if k != "probe"}  # where it lay
+    job = next((job for name, job in _JOBS_OF_SCHEMA_2.items() if name in config), "")
     return {
-        "job": "",
-        "title": "",
+        "job": job,
+        "title": f"{job}: {config.get('encoder', '')} on {config.get('images', '')}",
         "identity": config,
         "rows": tuple(_row(row) for row in content["metrics"]),
         "unreadable": unreadable,

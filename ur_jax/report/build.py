@@ -1,0 +1,299 @@
+"""The report of a working directory: one HTML file that opens anywhere, and all numbers as CSV.
+
+    ur-jax report runs/cifar
+
+Reads what `benchmark` (or single jobs with --out WORKDIR/ENCODER/STAGE) left there and writes
+`report.html`, which needs no network and no other file, `RESULTS.csv`, and each figure as PNG and
+PDF in `figures/`. Nothing is computed anew, so that it may run while the benchmark does. A file
+that cannot be read is named, everything else is reported, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+from PIL import UnidentifiedImageError
+
+from ur_jax import runs
+from ur_jax.errors import UserError
+from ur_jax.jobs.progress import console
+from ur_jax.report import collect, compare, figures, page
+from ur_jax.report.page import Block, Section
+from ur_jax.runs import plan
+from ur_jax.runs.summary import exclusions
+
+_PICTURES = {
+    "gallery.png": "Images, their perturbations, and the clean images nearest to the attacked "
+    "ones.",
+    "impersonations.png": "Images attacked towards the representation of the target.",
+}
+"""Files of a stage that the page shows, with their captions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which results."""
+
+    workdir: Annotated[Path, tyro.conf.Positional]
+    """Working directory of a benchmark."""
+
+
+def main(config: Config) -> int:
+    """Writes the report; returns 1 if something there could not be read, 0 otherwise.
+
+    Raises:
+      UserError: for a folder that is no working directory, before anything is written.
+      MissingPackageError: without the extra `report`, after RESULTS.csv is written.
+    """
+    workdir = runs.as_folder(config.workdir)
+    material = read(workdir)
+    found = material.found
+    collect.write_csv(workdir / "RESULTS.csv", found.numbers)
+    body = page.render(make_page(material))
+    with runs.atomic_path(workdir / "report.html") as temporary:
+        temporary.write_bytes(body.encode("utf-8", "backslashreplace"))
+    damaged = [f"{'/'.join(place)}: {why}" for place, why in found.damaged.items()]
+    for problem in (*damaged, *material.problems):
+        console.print(problem, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(found.numbers)} numbers of {len(found.summaries)} stages: "
+        f"{workdir / 'report.html'}, {workdir / 'RESULTS.csv'}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return int(bool(damaged or material.problems))
+
+
+class Material(NamedTuple):
+    """What the report is made of.
+
+    Attributes:
+      workdir: the working directory.
+      found: its numbers.
+      planned: {encoder: what its plan.json says: a command, stages with what they lack}.
+      records: {(encoder, stage): how a stage ran}.
+      problems: a line for each file, other than a summary, that could not be used; more are added
+        while the page is made.
+    """
+
+    workdir: Path
+    found: collect.Results
+    planned: dict[str, dict[str, Any]]
+    records: dict[tuple[str, str], dict[str, Any]]
+    problems: list[str]
+
+    @property
+    def encoders(self) -> list[str]:
+        """Labels of all encoders."""
+        known = [encoder for encoder, _ in (*self.found.summaries, *self.found.damaged)]
+        return sorted({*known, *self.planned})
+
+
+def read(workdir: Path) -> Material:
+    """Reads a working directory; what is damaged is noted.
+
+    Raises:
+      UserError: for a folder that is none.
+    """
+    found, planned, problems = collect.collect(workdir), {}, []
+    for path in sorted(workdir.glob("*/plan.json")):
+        try:
+            content = runs.read_json(path)
+            planned[path.parent.name] = {
+                "command": str(content["command"]),
+                "stages": dict(content["stages"]),
+            }
+        except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+            problems.append(f"{path} is no plan ({error}): repeat the benchmark's command.")
+    places = {*found.summaries, *found.damaged}
+    places |= {(encoder, stage) for encoder, plan in planned.items() for stage in plan["stages"]}
+    records = {place: plan.read_record(workdir.joinpath(*place)) for place in sorted(places)}
+    return Material(workdir, found, planned, records, problems)
+
+
+def make_page(material: Material) -> page.Page:
+    """The page; writes the figures' files on the way."""
+    found = material.found
+    heading = "How easily do representations move?"
+    summary = (
+        f"{len(material.encoders)} encoders, {len(found.summaries)} finished stages, "
+        f"{len(found.numbers)} numbers. Every attack is measured in pixel units of [0,1]; every "
+        "interval is at 95 %, over images. All numbers are in RESULTS.csv."
+    )
+    drawn, shown = list(_curves(material)), list(_pictures(material))  # both may find problems
+    sections = (
+        Section("labels-free", "Without labels", list(_table(material, labels=False))),
+        Section("labels", "With labels", list(_table(material, labels=True))),
+        Section("curves", "Curves", drawn),
+        Section("pictures", "Pictures", shown),
+        Section("correlation", "Do they agree?", list(_correlation(found))),
+        Section("missing", "Missing", list(_missing(material))),
+        Section("numbers", "All numbers", list(_numbers(found))),
+        Section("origin", "Where the numbers come from", list(_origin(material))),
+    )
+    title = f"Robustness without labels: {material.workdir.name}"
+    return page.Page(title, heading, summary, sections)
+
+
+_NOTHING = page.Paragraph("Nothing is finished yet.", "soft")
+"""What stands where there is nothing yet."""
+
+
+def _table(material: Material, *, labels: bool) -> Iterator[Block]:
+    """The comparison of the encoders, with or without labels."""
+    if not labels:
+        yield page.Paragraph(
+            "A value is marked as best where its whole interval lies beyond every other encoder's; "
+            "where none is marked, the intervals do not tell which is best. Click a heading to "
+            "sort. Distances are l2; the other divergences are under “All numbers”.",
+            "soft",
+        )
+    columns = compare.columns(material.found.numbers, labels=labels)
+    yield page.comparison_table(material.encoders, columns) if columns else _NOTHING
+
+
+def _curves(material: Material) -> Iterator[Block]:
+    """All figures; each is also written as PNG and PDF."""
+    curves, problems = figures.gather(material.workdir, material.found)
+    material.problems.extend(problems)
+    for name, panels in curves.items():
+        figure = figures.draw(panels, material.encoders)
+        figures.save(figure, material.workdir / "figures" / name)
+        first = next(iter(next(iter(panels.values())).values()))
+        files = f"figures/{name}.png, figures/{name}.pdf"
+        yield page.Figure(first.caption, svg=figures.to_svg(figure), files=files)
+    if not curves:
+        yield _NOTHING
+
+
+def _pictures(material: Material) -> Iterator[Block]:
+    """Galleries of neighbours and impersonations, an encoder at a time."""
+    by_encoder: dict[str, list[Block]] = {}
+    for encoder, stage in material.found.summaries:
+        for name, caption in _PICTURES.items():
+            path = material.workdir / encoder / stage / name
+            if not path.exists():
+                continue
+            try:
+                shown = page.picture(path, f"{encoder}: {caption}")
+            except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+                material.problems.append(f"{path} cannot be shown: {error}")
+                continue
+            by_encoder.setdefault(encoder, []).append(page.Figure(caption, picture=shown))
+    for place, (encoder, blocks) in enumerate(by_encoder.items()):
+        yield page.Fold(encoder, blocks, is_open=place == 0)
+    if not by_encoder:
+        yield _NOTHING
+
+
+def _correlation(found: collect.Results) -> Iterator[Block]:
+    """Rank correlation between measures without and with labels."""
+    pairs = list(compare.correlations(found.numbers))
+    if all(correlation is None for _, _, correlation, _ in pairs):
+        yield page.Paragraph(
+            "A rank correlation needs at least 3 encoders with both a measure without labels and "
+            "one with labels.",
+            "soft",
+        )
+        return
+    yield page.Paragraph(
+        "Spearman's rank correlation over encoders between each measure without labels (rows) and "
+        "with labels (columns), with Kendall's tau, its p-value (exact for few encoders, not "
+        "corrected for the many pairs) and the number of encoders. The sign is that of the values: "
+        "where one is robust when low and the other good when high, agreement is negative.",
+        "soft",
+    )
+    yield page.correlation_table(pairs)
+
+
+def _missing(material: Material) -> Iterator[Block]:
+    """Stages that were planned and have no result, with the command that fills them; whatever
+    could not be read."""
+    damaged = dict(material.found.damaged)
+    complete = not (damaged or material.problems)
+    for encoder, known in sorted(material.planned.items()):
+        rows = []
+        for stage, reason in known["stages"].items():
+            if (encoder, stage) in material.found.summaries:
+                continue
+            record = material.records[encoder, stage]
+            error = str(record.get("error") or "").strip()
+            reason = damaged.pop((encoder, stage), reason) or error.rpartition("\n")[2]
+            state = "failed" if error else "begun" if record else "not begun"
+            rows.append((stage, state, reason))
+        if rows:
+            complete = False
+            columns: dict[str, Any] = dict(zip(("stage", "state", "why"), zip(*rows)))
+            yield page.Heading(encoder)
+            yield page.Code(known["command"])
+            yield page.plain_table(columns, text=tuple(columns))
+    for (encoder, stage), reason in damaged.items():
+        yield page.Paragraph(f"{encoder}/{stage} cannot be read: {reason}", "bad")
+    for problem in material.problems:
+        yield page.Paragraph(problem, "bad")
+    if complete:
+        yield page.Paragraph(
+            "Nothing: every planned stage is finished."
+            if material.planned
+            else "Not known: there is no plan.json, which a benchmark writes."
+        )
+
+
+def _numbers(found: collect.Results) -> Iterator[Block]:
+    """Every number, in a table that can be filtered."""
+    lines = [number.cells() for number in found.numbers]
+    if not lines:
+        yield _NOTHING
+        return
+    for sentence in exclusions(number.row for number in found.numbers):
+        yield page.Paragraph(sentence)
+    excluded = any(line["n_excluded"] for line in lines)
+    left_out = {"schema", "weights", *(() if excluded else ("n_excluded",))}
+    names = [name for name in collect.COLUMNS if name not in left_out]
+    columns = {name: [line[name] for line in lines] for name in names}
+    text = ("encoder", "stage", "metric", "divergence", "images", "config")
+    yield page.plain_table(columns, identifier="all-numbers", text=text)
+
+
+def _origin(material: Material) -> Iterator[Block]:
+    """Run time, hardware, versions and configuration of each stage."""
+    if not material.found.summaries:
+        yield _NOTHING
+        return
+    rows = []
+    for place, summary in material.found.summaries.items():
+        record, made_by = material.records[place], summary.provenance
+        versions = made_by.get("versions", {})
+        rows.append(
+            {
+                "stage": "/".join(place),
+                "config": summary.config,
+                "seconds": record.get("seconds"),
+                "sessions": record.get("sessions"),
+                "hosts": record.get("hosts"),
+                "device": made_by.get("device"),
+                "precision": made_by.get("matmul_precision"),
+                "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
+                "commit": made_by.get("commit"),
+            }
+        )
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    yield page.Paragraph(
+        "Seconds are those of the last session; with more than one session the stage was "
+        "interrupted and took longer in all. The hash of the configuration is the one in the "
+        "table of all numbers.",
+        "soft",
+    )
+    text = ("stage", "config", "device", "precision", "versions", "commit")
+    yield page.plain_table(columns, identifier="all-stages", text=text)
+    configurations = [
+        page.Fold("/".join(place), [page.Code(json.dumps(summary.identity, indent=1))])
+        for place, summary in material.found.summaries.items()
+    ]
+    yield page.Fold("Configuration of each stage", configurations)
