@@ -76,11 +76,11 @@ def sweeps(config: Config) -> list[performance.Sweep]:
 
 def show(config: Config, results: list[performance.Result], context: dict) -> None:
     """Prints the table and draws the plot."""
-    from ur_jax.report import plots  # needs matplotlib, of the extra "report"
+    from ur_jax.report import plots, terminal  # the first needs matplotlib
 
     versions = ", ".join(f"{name} {version}" for name, version in context["versions"].items())
     title = f"{context['num_devices']} x {context['device']}, {context['date']}, {versions}"
-    Console().print(plots.throughput_table(title, results))
+    Console().print(terminal.throughput_table(title, results))
     for case in context["left_out"]:
         Console().print(f"left out: {case}", markup=False)
     plots.plot_throughput(config.out / "throughput.png", results)
