@@ -1,17 +1,23 @@
 """Jobs: one computation on one encoder each, all by the protocol of `base`."""
 
-from ur_jax.jobs import certify, impersonate, knn, label_free, probe
 from ur_jax.jobs.base import JOBS, Curve, Job, Session, register
+from ur_jax.jobs.certify import Certify
+from ur_jax.jobs.impersonate import Impersonate, ImpersonationConfig
+from ur_jax.jobs.knn import Knn
+from ur_jax.jobs.label_free import EvaluationConfig, LabelFree
+from ur_jax.jobs.probe import Probe
 
 __all__ = [
     "JOBS",
+    "Certify",
     "Curve",
+    "EvaluationConfig",
+    "Impersonate",
+    "ImpersonationConfig",
     "Job",
+    "Knn",
+    "LabelFree",
+    "Probe",
     "Session",
-    "certify",
-    "impersonate",
-    "knn",
-    "label_free",
-    "probe",
     "register",
 ]
