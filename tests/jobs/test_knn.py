@@ -121,7 +121,7 @@ def test_the_command_needs_no_folder(sets, capsys, monkeypatch):
     words = ["--encoder", "demo", "--images", sets[0], "--test-images", sets[1], "--k", "3"]
     command = cli.find("knn")
     flags = cli.parse(command, [*words, "--batch-size", "8"])
-    assert flags.out is None and flags.job.representation == "backbone"
+    assert flags.out is None and flags.job.representation == "features"
     command.main(flags)
     printed = capsys.readouterr().out
     assert "knn_accuracy" in printed and "30 voting images" in printed

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ur_jax
 from ur_jax.encoders import checkpoints, from_fn
-from ur_jax.encoders.outputs import with_representation
 from ur_jax.probes.checkpoint import identified, load_probe, restore_probe, save_probe
 
 SIZE = (8, 8)
@@ -63,21 +61,3 @@ def test_paper_and_features_of_one_output_are_one_representation(tmp_path):
     load_probe(tmp_path / "probe", paper)
     with pytest.raises(ValueError, match="reads the representation 'backbone'"):
         load_probe(tmp_path / "probe", ur_jax.load_encoder("demo", representation="projection"))
-
-
-def test_another_output_is_the_encoder_loaded_with_it():
-    images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
-    backbone = ur_jax.load_encoder("demo", representation="backbone")
-    for name in ("projection", "features", "paper"):
-        other = with_representation(backbone, name)
-        loaded = ur_jax.load_encoder("demo", representation=name)
-        assert other.dimension == loaded.dimension and other.representation == name
-        assert other.apply_fn == loaded.apply_fn
-        assert jax.tree.leaves(other.params)[0] is jax.tree.leaves(backbone.params)[0]
-        np.testing.assert_array_equal(other(images), loaded(images))
-    with pytest.raises(ValueError, match="Unknown representation 'projektion'.*'projection'"):
-        with_representation(backbone, "projektion")
-
-
-def test_a_users_function_has_one_output(encoder):
-    assert with_representation(encoder, "features") is encoder

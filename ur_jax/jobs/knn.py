@@ -51,8 +51,9 @@ class Knn(Job):
     """Images per batch, over all devices."""
     class_map: tuple[str, ...] = ()
     """THEIRS=OURS each: classes of the test images whose names differ from the voting ones'."""
-    representation: str = "backbone"
-    """paper, backbone, projection or another output of the network."""
+    representation: str = "features"
+    """features (what probes read: of most networks the backbone), paper, backbone, projection or
+    another output."""
 
     def __post_init__(self):
         check_whole(self, "num_images", "num_test_images", optional=True)
