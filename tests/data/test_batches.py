@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import UnidentifiedImageError
 from ur_jax import data
 from ur_jax.data import reading
 
-SMALL = {"input_size": (8, 12), "preparation": "resize"}
+SMALL: dict[str, Any] = {"input_size": (8, 12), "preparation": "resize"}
 
 
 @pytest.fixture
@@ -33,7 +35,8 @@ def test_evenly_spaced_edges_and_errors():
     with pytest.raises(ValueError, match="101 samples.* 100 images.*--num-clean 100 or fewer"):
         data.evenly_spaced(100, 101, what="num_clean")
     assert data.evenly_spaced(np.int32(5), np.uint8(2)).tolist() == [0, 4]
-    for n in (2.0, 2.5, True, None, "2", np.float32(2), float("nan")):
+    bad: list[Any] = [2.0, 2.5, True, None, "2", np.float32(2), float("nan")]
+    for n in bad:
         with pytest.raises(ValueError, match="num_images as a whole number, got"):
             data.evenly_spaced(100, n)
     with pytest.raises(ValueError, match="at least 1 sample, got 0"):
@@ -75,7 +78,9 @@ def test_load_uint8_leaves_out_the_unreadable(folder):
 def test_every_batch_has_the_same_shape_and_the_last_is_padded():
     source = data.open_images("demo")
     indices = data.evenly_spaced(512, 10)[::-1]
-    arguments = dict(input_size=(16, 20), preparation="resize_crop", batch_size=4)
+    arguments: dict[str, Any] = {
+        "input_size": (16, 20), "preparation": "resize_crop", "batch_size": 4
+    }  # fmt: skip
     batches = list(data.image_batches(source, indices, **arguments))
     assert len(batches) == 3
     for batch in batches:

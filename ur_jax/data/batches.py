@@ -8,7 +8,7 @@ import operator
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import grain
 import numpy as np
@@ -65,7 +65,9 @@ class DecodedImages(NamedTuple):
     unreadable: list[Unreadable]
 
 
-def evenly_spaced(total: int, n: int, *, what: str = "num_images") -> np.ndarray:
+def evenly_spaced(
+    total: SupportsIndex, n: SupportsIndex, *, what: str = "num_images"
+) -> np.ndarray:
     """Returns the n evenly spaced indices of a listing: floor(i (total - 1) / (n - 1)).
 
     Args:
@@ -126,8 +128,8 @@ def check_batch_size(batch_size: int, num_images: int, input_size: tuple[int, in
     if batch_size * needed > memory:
         raise UserError(
             f"Expected batch_size to fit in memory, got {batch_size}: its pixels alone take "
-            f"{batch_size * needed / 2**30:.1f} GiB of {memory / 2**30:.1f}; the network takes many "
-            "times that. Give a smaller --batch-size."
+            f"{batch_size * needed / 2**30:.1f} GiB of {memory / 2**30:.1f}; the network takes "
+            "many times that. Give a smaller --batch-size."
         )
 
 

@@ -72,10 +72,8 @@ class TfdsSource(ImageSource):
                 f"{missing[:3] or 'no file'}; choose a larger slice or prepare the data set again."
             )
         try:
-            self._records = builder.as_data_source(
-                split,
-                decoders={key: tfds.decode.SkipDecoding() for key in images},  # type: ignore
-            )
+            skip = {key: tfds.decode.SkipDecoding() for key in images}
+            self._records = builder.as_data_source(split, decoders=skip)  # type: ignore[call-arg]
         except NotImplementedError as error:
             raise UserError(
                 f"{self.spec!r}: expected the random-access format array_record in "
