@@ -26,7 +26,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 def blocks(path: pathlib.Path, language: str) -> list[str]:
     """The fenced blocks of a language in a README."""
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S)
+    return fenced(path.read_text(), language)
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language in a text."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return [block for name, block in found if name == language]
 
 
 @pytest.mark.parametrize(
@@ -51,8 +57,8 @@ def commands(text: str):
     """(command, its flags) of every `ur-jax X` and `python experiments/X.py` in a text."""
     text = re.sub(r"\\\\?\n\s*", " ", text)
     spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.S))
-    fenced = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S))
-    lines = (fenced + "\n" + "\n".join(re.findall(r"^ {4}(.*)$", text, re.M))).splitlines()
+    indented = re.findall(r"^ {4}(.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    lines = [*"\n".join(fenced(text, "")).splitlines(), *indented]
     for span in (*(re.sub(r"\s+", " ", span) for span in spans), *lines):
         found = re.search(r"(?:ur-jax |python experiments/)([\w-]+)(?:\.py)?(.*)", span)
         if found and found[1].replace("_", "-") in cli.names():

@@ -36,6 +36,7 @@ from rich.table import Table
 
 from ur_jax.devices import hosts
 from ur_jax.encoders import loading
+from ur_jax.errors import MissingPackageError
 from ur_jax.jobs.matrix import PRESETS, Config, EncoderEntry, make_plan
 from ur_jax.jobs.progress import console
 from ur_jax.runs import lock, plan, provenance, write_json
@@ -198,7 +199,10 @@ def write_report(config: Config) -> None:
     """The table of all numbers and, where what draws it is installed, the page."""
     from ur_jax.report import build  # the report reads jobs, so it lies above them
 
-    build.main(build.Config(config.workdir))
+    try:
+        build.main(build.Config(config.workdir))
+    except MissingPackageError as error:
+        console.print(f"RESULTS.csv is written, but no page. {error}", highlight=False)
 
 
 def compile_only(config: Config, topology: str) -> int:
