@@ -122,6 +122,26 @@ def test_killed_and_resumed_it_is_the_same_probe_bit_for_bit(job, photos, tmp_pa
     assert "test images are the training images" in said
 
 
+@pytest.mark.filterwarnings("ignore:.*It now lies at")
+def test_a_damaged_probe_is_set_aside_and_trained_again(job, tmp_path):
+    job, out = dataclasses.replace(job, cached=True), tmp_path / "out"
+    job.run(out, progress=quiet, plots=False)
+    names = ("summary.json", "predictions.parquet")
+    before = [(out / name).read_bytes() for name in names]
+    for number in range(12):
+        files = sorted(path for path in (out / "probe").rglob("*") if path.is_file())
+        path = files[number % len(files)]
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        if number % 3 == 0:
+            path.unlink()
+        job.run(out, progress=quiet, plots=False)
+        assert [(out / name).read_bytes() for name in names] == before, path
+    found = list((out / "damaged").iterdir())
+    assert len(found) >= 3 and all(path.name.startswith("probe") for path in found)
+    load_probe(out / "probe", ENCODER)
+
+
 def test_test_images_of_some_classes_in_another_order_under_other_names(job, photos, tmp_path):
     folder = pathlib.Path(photos.removeprefix("folder:"))
     for ours, theirs in (("red", "crimson"), ("blue", "Blue")):

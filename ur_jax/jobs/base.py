@@ -273,7 +273,7 @@ def _is_computed(job: Job, session: Session, *, plots: bool) -> bool:
         try:
             job.compute(session)
         except DamagedError as error:
-            damaged = _is_set_aside(error)
+            damaged = _is_set_aside(error, session)
     if hosts.on_all_hosts(damaged).any():
         return False
     with hosts.before_merge():
@@ -283,15 +283,16 @@ def _is_computed(job: Job, session: Session, *, plots: bool) -> bool:
                 if plots:
                     _draw(job, session)
             except DamagedError as error:
-                damaged = _is_set_aside(error)
+                damaged = _is_set_aside(error, session)
             else:
                 summary.write(session.run.path)  # last: with it, the job is finished
     return not hosts.on_all_hosts(damaged).any()
 
 
-def _is_set_aside(error: DamagedError) -> bool:
-    """Sets a damaged part aside, with a warning; anything else that is damaged is raised."""
-    if "parts" not in error.path.parts:
+def _is_set_aside(error: DamagedError, session: Session) -> bool:
+    """Sets aside, with a warning, what is damaged of the run or of a bank; raises anything else."""
+    is_own = os.path.abspath(session.run.path) == os.path.abspath(error.path.parent)
+    if not (is_own or "parts" in error.path.parts):
         raise error
     if error.path.exists():  # another host may have been first
         place = runs.set_aside(error.path)

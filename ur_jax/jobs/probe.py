@@ -30,7 +30,7 @@ from ur_jax.checks import check_whole
 from ur_jax.data import ProbeViews, ViewConfig, evenly_spaced, labels
 from ur_jax.devices import hosts
 from ur_jax.encoders import checkpoints
-from ur_jax.errors import UserError
+from ur_jax.errors import DamagedError, UserError
 from ur_jax.jobs import parts, probe_training
 from ur_jax.jobs.base import ImagesLike, Job, Session, register
 from ur_jax.probes import linear
@@ -115,9 +115,8 @@ class Probe(Job):
         return labels.match_classes(theirs, ours, self.class_map, kind=kind)
 
     def compute(self, session: Session) -> None:
-        path = session.run.path / "probe"
-        if checkpoints.is_saved(path):
-            trained, _ = restore_probe(path, self.model)
+        if checkpoints.is_saved(session.run.path / "probe"):
+            trained, _ = self._restored(session)
         else:
             trained, history = probe_training.train(self, session)
             known = {
@@ -127,7 +126,7 @@ class Probe(Job):
                 "history": history,
                 "trained_with": runs.provenance(),
             }
-            save_probe(path, trained, self.model, known)
+            save_probe(session.run.path / "probe", trained, self.model, known)
         self._test(session, trained)
 
     def merge(self, session: Session) -> Summary:
@@ -146,7 +145,7 @@ class Probe(Job):
             tables.append({"images": kinds} | {name: found[name] for name in columns})
         joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
         runs.write_table(session.run.path / "predictions.parquet", joined)
-        _, known = restore_probe(session.run.path / "probe", self.model)
+        _, known = self._restored(session)
         return self.summary(rows, parts.unreadable(session.run), history=known["history"])
 
     @classmethod
@@ -162,6 +161,14 @@ class Probe(Job):
     def _tested(self) -> tuple[str, ...]:
         """The kinds of images that are classified: the probe's own, and clean ones."""
         return tuple(dict.fromkeys((self.views.kind, "standard")))
+
+    def _restored(self, session: Session) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """The probe that this run has trained; since it is this job's, it fits, or is damaged."""
+        path = session.run.path / "probe"
+        try:
+            return restore_probe(path, self.model)
+        except UserError as error:
+            raise DamagedError(path, str(error), "It is trained again.") from error
 
     def _test(self, session: Session, trained: Mapping[str, Any]) -> None:
         """Classifies images of the probe's kind, and clean ones."""

@@ -106,7 +106,13 @@ def load_probe(
             stacklevel=2,
         )
     kernel, bias = (jnp.asarray(trained[name]) for name in ("kernel", "bias"))
-    return Classifier(encoder, kernel, bias, tuple(known.get("class_names", ())))
+    names = tuple(known.get("class_names", ()))
+    if names and len(names) != len(bias):
+        raise UserError(
+            f"Expected a name for each of the {len(bias)} classes of the probe {path}, got "
+            f"{len(names)}; save it again with its class_names."
+        )
+    return Classifier(encoder, kernel, bias, names)
 
 
 def identified(classifier: Classifier) -> dict[str, str]:
