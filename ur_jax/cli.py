@@ -123,7 +123,9 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
 def _refuse(error: UserError) -> int:
     """Prints bad input; returns its exit status."""
     console.quiet = False
-    console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+    console.print(
+        f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
+    )
     return 2
 
 

@@ -166,9 +166,11 @@ def test_curves_share_panels_and_each_encoder_looks_the_same(workdir, tmp_path):
     figure = figures.draw({"p": {"b": made("line", [-1, 1, 2])}}, ("a", "b"))
     assert figure.axes[0].get_ylim()[0] < -1
     # A dollar sign is one; a name with "_" in front has its place in the legend.
-    named = {"$a$": made("step", [0, 0.5, 1]), "b_$": made("step", [0, 0, 1])}
+    named = {name: made("step", [0, 0.5, 1]) for name in ("$a$", "b_$", "caf\udce9\n", "x" * 99)}
     figure = figures.draw({"p": named}, tuple(named))
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["$a$", "b_$"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        *("$a$", "b_$", "caf\\udce9\\n", "x" * 39 + "…")
+    ]
     assert "$a$" in figures.to_svg(figure)
     points = figures.draw({"p": {"a": made("points", [-1, 1, -2])}}, ("a",))
     assert points.axes[0].get_title() == "a\n66.7% below 0"

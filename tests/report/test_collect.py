@@ -6,6 +6,7 @@ import csv
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import simulated
 
@@ -66,12 +67,26 @@ def test_rows_of_both_schemas_become_the_same_lines(tmp_path):
     assert second["value"] == float("-inf")
 
 
+def _odd_summaries():
+    """JSON that is almost a summary."""
+    row = {"metric": "overlap_risk", "value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    good = {"schema": 3, "job": "evaluate", "title": "", "identity": {}, "rows": [row]}
+    for change in (
+        *({"identity": []}, {"job": 3}, {"provenance": None}, {"unreadable": []}, {"rows": None}),
+        *({"rows": [row | {name: value}]} for name, value in (
+            ("n", "9"), ("n", True), ("value", "much"), ("eps", "0.05"), ("metric", 5), ("step", [])
+        )),
+    ):  # fmt: skip
+        yield json.dumps(good | change)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ('{"schema": 3, "ro', "summary.json"),
         ('{"schema": 1, "metrics": {}}', "schema 2 or 3, got 1"),
         ('{"schema": 3}', "no summary of a job"),
+        *((text, "no summary of a job") for text in _odd_summaries()),
         ("[]", "no summary of a job"),
         ("", "summary.json"),
     ],
@@ -89,6 +104,22 @@ def test_a_damaged_or_older_summary_is_named_and_the_others_are_read(
     assert set(here.summaries) == {("net", "overlap")} and len(here.numbers) == 2
     [reason] = here.damaged.values()
     assert message in reason and str(path) in reason and "\n" not in reason
+
+
+def test_a_flipped_byte_never_changes_a_number(workdir, tmp_path):
+    whole = (workdir / "weak" / "attacks-0.05" / "summary.json").read_bytes()
+    path = tmp_path / "net" / "attacks" / "summary.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(whole)
+    cells = lambda: [number.cells() for number in collect.collect(tmp_path).numbers]
+    expected, rng = repr(cells()), np.random.default_rng(0)
+    for place in rng.integers(0, len(whole), 200):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(flipped[:place] if place % 4 == 0 else flipped))
+        found = collect.collect(tmp_path)
+        assert found.damaged or repr(cells()) == expected
+        assert all(str(path) in reason for reason in found.damaged.values())
 
 
 def test_what_is_no_working_directory_is_refused_in_one_line(workdir, tmp_path):

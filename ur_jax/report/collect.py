@@ -77,7 +77,7 @@ class Results(NamedTuple):
 
 
 def collect(workdir: Path) -> Results:
-    """Reads every `WORKDIR/ENCODER/STAGE/summary.json`.
+    """Reads every `WORKDIR/ENCODER/STAGE/summary.json`, but those of hidden folders.
 
     Args:
       workdir: the working directory.
@@ -94,6 +94,8 @@ def collect(workdir: Path) -> Results:
     summaries, damaged = {}, {}
     for path in sorted(workdir.glob("*/*/summary.json")):
         place = path.parent.parent.name, path.parent.name
+        if any(name.startswith(".") for name in place):
+            continue
         try:
             summaries[place] = Summary.read(path)
         except (UserError, OSError) as error:

@@ -35,6 +35,7 @@ _COLORS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#c98a00", "#3f9fd8", "#8c6bb1", "#808080"),
 )
 _LINES = ("-", "--", ":")
+_LONGEST_LABEL = 40
 _STYLE = {
     **{name: _INK for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")},
     "axes.edgecolor": _INK,
@@ -123,7 +124,10 @@ def draw(panels: Panels, encoders: Sequence[str]) -> Figure:
             handles |= add(axis, names, by_encoder)
         order = sorted(handles)
         figure.legend(
-            [handles[name] for name in order], order, loc="outside right center", fontsize=8
+            [handles[name] for name in order],
+            [*map(_label, order)],
+            loc="outside right center",
+            fontsize=8,
         )
     return figure
 
@@ -194,13 +198,20 @@ def _points(panels: Panels) -> Figure:
                 curve.x, curve.value, s=4, alpha=0.4, color=_COLORS[0], lw=0, rasterized=True
             )
             share = float(np.mean(curve.value < 0)) if len(curve.value) else math.nan
-            axis.set_title(f"{name}\n{share:.1%} below 0", fontsize=8)
+            axis.set_title(f"{_label(name)}\n{share:.1%} below 0", fontsize=8)
         for axis in axes.flat[len(shown) :]:
             axis.set_axis_off()
         first = next(iter(shown.values()))
         figure.supxlabel(first.x_label, fontsize=9)
         figure.supylabel(first.y_label, fontsize=9)
     return figure
+
+
+def _label(name: str) -> str:
+    """A name that can be drawn: on one line, without what is no character, and not too long."""
+    visible = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in name]
+    text = "".join(visible)
+    return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
 
 
 def _look(names: Sequence[str], name: str) -> tuple[str, str]:

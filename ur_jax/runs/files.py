@@ -113,10 +113,10 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -
     import pyarrow as pa  # here and below: JSON is written where Parquet is not installed
     import pyarrow.parquet as pq
 
-    with atomic_path(path) as temporary:
-        pq.write_table(
-            pa.table({name: pa.array(values) for name, values in columns.items()}), temporary
-        )
+    table = pa.table({name: pa.array(values) for name, values in columns.items()})
+    # A file and not its path: pyarrow wants paths to be UTF-8.
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        pq.write_table(table, file)
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> dict[str, np.ndarray]:

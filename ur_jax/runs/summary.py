@@ -128,7 +128,9 @@ class Summary:
                     f"Expected schema {' or '.join(map(str, _READABLE))}, got {schema}: of another "
                     "version of ur_jax. Run the job again."
                 )
-            return cls(**(_from_schema_2(content) if schema == 2 else _rows_of(content)))
+            found = cls(**(_from_schema_2(content) if schema == 2 else _rows_of(content)))
+            _check_kinds(vars(found), _KINDS_OF_SUMMARY)
+            return found
         except DamagedError:
             raise
         except UserError as error:
@@ -273,7 +275,29 @@ def _row(content: Mapping[str, Any]) -> Row:
     values: dict[str, Any] = {"value": number("value", worst)}
     values |= {name: number(name, math.nan) for name in ("low", "high")}
     names = {field.name for field in dataclasses.fields(Row)}
-    return Row(**{k: v for k, v in content.items() if k in names} | values)
+    found = Row(**{k: v for k, v in content.items() if k in names} | values)
+    _check_kinds(vars(found), _KINDS_OF_ROW)
+    return found
+
+
+_Number, _Nothing = (int, float), type(None)
+_KINDS_OF_ROW: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("metric", "excluded"), (str,)),
+    **dict.fromkeys(("n", "n_excluded"), (int,)),
+    **dict.fromkeys(("divergence", "images"), (str, _Nothing)),
+    **dict.fromkeys(("eps", "step", "radius"), (*_Number, _Nothing)),
+}
+_KINDS_OF_SUMMARY: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("job", "title"), (str,)),
+    **dict.fromkeys(("identity", "unreadable", "details", "provenance", "files"), (dict,)),
+}
+
+
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
+    """Raises TypeError for a value of another kind than was written."""
+    for name, allowed in kinds.items():
+        if not isinstance(values[name], allowed) or isinstance(values[name], bool):
+            raise TypeError(f"{name} is {values[name]!r}"[:80])
 
 
 def _rows_of(content: Mapping[str, Any]) -> dict[str, Any]:
