@@ -25,7 +25,8 @@ class Curve:
       caption: what the figure shows and which direction is robust, a sentence or two.
       x, value: (N,) points.
       low, high: (N,) ends of the 95 % interval, if there is one.
-      kind: "line", "step" (a share as a step function) or "points".
+      kind: "line", "step" (a share as a step function) or "points" (a panel per encoder, with the
+        share of them below 0).
     """
 
     figure: str

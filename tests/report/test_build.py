@@ -16,11 +16,11 @@ from PIL import Image
 
 from ur_jax import runs
 from ur_jax.jobs import JOBS
-from ur_jax.jobs.base import Curve
 from ur_jax.metrics import METRICS
 from ur_jax.report import build, collect, figures, page
 from ur_jax.report.compare import Compared
 from ur_jax.runs import Row
+from ur_jax.types import Curve
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +165,16 @@ def test_curves_share_panels_and_each_encoder_looks_the_same(workdir, tmp_path):
     assert line.get_color() == figures._COLORS[1] and figure.axes[0].get_ylim()[0] == 0
     figure = figures.draw({"p": {"b": made("line", [-1, 1, 2])}}, ("a", "b"))
     assert figure.axes[0].get_ylim()[0] < -1
-    # A dollar sign is one; a name with "_" in front has its place in the legend.
+    # A dollar sign is one; what cannot be drawn is spelled out.
     named = {name: made("step", [0, 0.5, 1]) for name in ("$a$", "b_$", "caf\udce9\n", "x" * 99)}
     figure = figures.draw({"p": named}, tuple(named))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         *("$a$", "b_$", "caf\\udce9\\n", "x" * 39 + "…")
     ]
     assert "$a$" in figures.to_svg(figure)
+    endless = Curve("f", "p", "x", "y", "", np.array([0, 2, np.inf]), np.arange(3.0), kind="step")
+    figure = figures.draw({"p": {"a": made("step", [0, 1, 1]), "b": endless}}, ("a", "b"))
+    assert figure.axes[0].get_xlim() == (0, 2.1)
     points = figures.draw({"p": {"a": made("points", [-1, 1, -2])}}, ("a",))
     assert points.axes[0].get_title() == "a\n66.7% below 0"
 

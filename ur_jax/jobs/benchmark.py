@@ -202,7 +202,8 @@ def write_report(config: Config) -> None:
     try:
         build.main(build.Config(config.workdir))
     except MissingPackageError as error:
-        console.print(f"RESULTS.csv is written, but no page. {error}", highlight=False)
+        text = f"RESULTS.csv is written, but no page. {error}"
+        console.print(text, highlight=False, markup=False)  # "[report]" is no style
 
 
 def compile_only(config: Config, topology: str) -> int:

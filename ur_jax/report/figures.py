@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ur_jax.jobs import JOBS
-from ur_jax.jobs.base import Curve
 from ur_jax.metrics import METRICS
 from ur_jax.report import canvas
 from ur_jax.report.collect import Results
 from ur_jax.runs import as_folder, atomic_path
+from ur_jax.types import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,6 +95,9 @@ def gather(
             problems.append(f"{encoder}/{stage}: its curves cannot be drawn ({error})")
             continue
         for curve in curves:
+            if not len(curve.x):
+                problems.append(f"{encoder}/{stage}: its curve {curve.panel!r} has no point.")
+                continue
             panel = figures.setdefault(curve.figure, {}).setdefault(curve.panel, {})
             panel[f"{encoder}/{stage}" if encoder in panel else encoder] = curve
     return figures, problems
@@ -169,7 +172,8 @@ def _add_lines(axis: Axes, names: Sequence[str], curves: Mapping[str, Curve]) ->
 
 def _add_steps(axis: Axes, names: Sequence[str], curves: Mapping[str, Curve]) -> dict[str, Any]:
     """Draws shares as step functions; returns what the legend shows of each."""
-    right = max((float(curve.x[-1]) for curve in curves.values()), default=0.0)
+    ends = [float(x) for curve in curves.values() for x in curve.x[-1:] if np.isfinite(x)]
+    right = max(ends, default=0.0)
     right = 1.05 * right if right > 0 else 1.0
     handles = {}
     for name, curve in curves.items():
