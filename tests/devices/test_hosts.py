@@ -92,23 +92,14 @@ def test_one_host_waits_for_nobody_and_raises_its_own_error(monkeypatch):
         pass
 
 
-@pytest.mark.parametrize(
-    "environment, launched",
-    [
-        ({}, False),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, False),  # sbatch without srun
-        ({"SLURM_STEP_NUM_TASKS": "2"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
-    ],
-)
-def test_joins_where_the_environment_says_so(monkeypatch, environment, launched):
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    # A TPU, but this process keeps to the CPU.
-    monkeypatch.setattr(hosts.glob, "glob", lambda pattern: ["/dev/accel0"])
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_a_tpu_is_joined_unless_this_process_keeps_to_the_cpu(monkeypatch):
     joined = []
+    monkeypatch.setattr(hosts.launchers, "found", lambda: None)
+    monkeypatch.setattr(hosts.glob, "glob", lambda pattern: ["/dev/accel0"])
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda: joined.append(True))
+    hosts.join()  # conftest.py sets jax_platforms
+    assert not joined
+    monkeypatch.setattr(hosts, "_has_tpu", lambda: True)
     hosts.join()
-    assert bool(joined) == launched
+    assert joined
