@@ -10,6 +10,7 @@ with `main(config)`, a dataclass `Config` of its flags and, if it has any, `PRES
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -25,8 +26,9 @@ from etils import epath
 from fsspec import config as fsspec_config
 
 import ur_jax
-from ur_jax import registry
-from ur_jax.devices import hosts
+from ur_jax import data, endings, registry
+from ur_jax.devices import hosts, launchers
+from ur_jax.devices.launchers import Launch
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.jobs import JOBS, Job
 from ur_jax.jobs.base import EncoderLike, ImagesLike, ProbeLike
@@ -49,6 +51,12 @@ _SCRIPTS = {
 _WITHOUT_DEVICES = ("report", "verify", "repair")
 """Commands that only read and write files, so that they may run while a benchmark does."""
 
+_GLOBAL_FLAGS = {
+    "--plugin FILE.py": "imports what registers encoders, metrics, jobs, ... of one's own",
+    "--coordinator HOST:PORT": "several processes without a launcher: where process 0 is,",
+    "--num-processes N --process-id I": "how many there are and which one this is, from 0",
+}
+
 
 class Command(NamedTuple):
     """What a name on the command line stands for.
@@ -67,17 +75,17 @@ class Command(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console command; returns the exit status: 0 done, 1 in part, 2 bad input."""
+    """The console command; returns the exit status, see `endings`."""
     given = list(sys.argv[1:] if argv is None else argv)
-    try:
-        name, *words = take_global_flags(given) or ["--help"]
-    except UserError as error:
-        return _refuse(error)
-    if name in ("-h", "--help", "--version"):
-        text = ur_jax.__version__ if name == "--version" else usage()
-        console.print(text, highlight=False, markup=False)
-        return 0
-    return run(name, words)
+    with endings.Ending() as ending:
+        given, launch = take_global_flags(given)
+        name, *words = given or ["--help"]
+        if name in ("-h", "--help", "--version"):
+            text = ur_jax.__version__ if name == "--version" else usage()
+            console.print(text, highlight=False, markup=False)
+            return 0
+        return _run(name, words, launch, ending)
+    return ending.status
 
 
 def names() -> tuple[str, ...]:
@@ -90,43 +98,45 @@ def usage() -> str:
     lines = ["usage: ur-jax COMMAND [flags]; COMMAND --help tells its flags", ""]
     for name in names():
         lines.append(f"  {name:<18}{find(name).description.strip().splitlines()[0]}")
-    return "\n".join(lines)
+    lines += ["", "flags of every command:"]
+    lines += [f"  {flag:<34}{text}" for flag, text in _GLOBAL_FLAGS.items()]
+    return "\n".join([*lines, "", endings.STATUSES])
 
 
 def run(name: str, argv: Sequence[str] | None = None) -> int:
-    """Runs a command; bad input ends in one line, anything else is a fault and keeps its traceback.
+    """Runs a command; what ends it is told in one line, but a fault of ours keeps its traceback.
 
     Args:
       name: of the command.
       argv: its flags; by default those of this process.
 
     Returns:
-      The exit status.
+      The exit status, see `endings`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        words = take_global_flags(words)
-        if name in _WITHOUT_DEVICES:
-            jax.config.update("jax_platforms", "cpu")  # no accelerator, nor a pod's other hosts
-        hosts.join()  # before any other use of JAX
-        list_buckets_anew()
+    with endings.Ending() as ending:
+        words, launch = take_global_flags(words)
+        return _run(name, words, launch, ending)
+    return ending.status
+
+
+def _run(name: str, words: Sequence[str], launch: Launch | None, ending: endings.Ending) -> int:
+    """Runs a command on whichever hosts there are."""
+    ending.name = name
+    if name in _WITHOUT_DEVICES:
+        jax.config.update("jax_platforms", "cpu")  # no accelerator, nor a pod's other hosts
+    hosts.join(launch)  # before any other use of JAX
+    ending.obey_signals()
+    list_buckets_anew()
+    with contextlib.suppress(RuntimeError):  # JAX is in use already: a notebook, a test
         # One CPU device per core: XLA's convolution gradients otherwise keep to one core.
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-        keep_compilations()
-        command = find(name)
-        console.quiet = not hosts.is_first()
-        return int(command.main(parse(command, words, prog=f"ur-jax {name}")) or 0)
-    except UserError as error:
-        return _refuse(error)
-
-
-def _refuse(error: UserError) -> int:
-    """Prints bad input; returns its exit status."""
-    console.quiet = False
-    console.print(
-        f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True
-    )
-    return 2
+    keep_compilations()
+    command = find(name)
+    console.quiet = not hosts.is_first()
+    ending.flags = parse(command, words, prog=f"ur-jax {name}")
+    data.check_workers(getattr(ending.flags, "num_workers", 0))
+    return int(command.main(ending.flags) or 0)
 
 
 def find(name: str) -> Command:
@@ -182,19 +192,32 @@ def run_job(flags: Any) -> None:
         console.print(f"Results in {flags.out}", markup=False, highlight=False)
 
 
-def take_global_flags(words: Sequence[str]) -> list[str]:
-    """Obeys the flags that every command has; returns the others.
+def take_global_flags(words: Sequence[str]) -> tuple[list[str], Launch | None]:
+    """Obeys the flags that every command has.
 
     `--plugin FILE.py` (or a module; also UR_JAX_PLUGINS) is imported before anything else, so that
-    what it registers is known.
+    what it registers is known. `--coordinator HOST:PORT --num-processes N --process-id I` tell one
+    of several processes who it is, where no launcher does.
+
+    Returns:
+      The other words, and who this process is, if that was given.
+
+    Raises:
+      UserError: for values that cannot be.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--plugin", action="append", default=[])
-    known, rest = parser.parse_known_args(words)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int)
+    try:
+        known, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; one value belongs to each.") from error
     registry.load_plugins()
     for place in known.plugin:
         registry.load_plugins(place)
-    return rest
+    return rest, launchers.explicit(known.coordinator, known.num_processes, known.process_id)
 
 
 def keep_compilations() -> None:
@@ -268,3 +291,7 @@ def _named_rule(
         is_instance=lambda value: value is None or isinstance(value, str),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

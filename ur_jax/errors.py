@@ -7,6 +7,7 @@ traceback. Any other exception is a fault of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
@@ -34,6 +35,47 @@ class MissingPackageError(UserError, ImportError):
     """A package that an extra of ours brings is not installed."""
 
     __str__ = Exception.__str__
+
+
+_SPACE = "make room there, or name another folder"
+_RIGHTS = "name a folder that you may write, or change its permissions"
+_AWAY = "the disk or the connection to it failed: see that it is back"
+_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: _SPACE,
+    errno.EROFS: "name a folder on a disk that can be written",
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.ENOTDIR: "a file stands where a folder is to be; name another place",
+    errno.EISDIR: "a folder stands where a file is to be; name another place",
+    errno.EEXIST: "it is in the way; name another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links go round in a circle; name another place",
+    errno.EIO: _AWAY,
+    errno.ESTALE: _AWAY,
+    errno.ENOTCONN: _AWAY,
+    errno.EHOSTDOWN: _AWAY,
+    errno.ETIMEDOUT: _AWAY,
+    errno.ENODEV: _AWAY,
+    errno.ENXIO: _AWAY,
+    errno.EMFILE: "raise the limit (`ulimit -n`) or give fewer --num-workers",
+    errno.ENFILE: "close other programs or give fewer --num-workers",
+    errno.EAGAIN: "give fewer --num-workers",
+    errno.ENOMEM: "give fewer --num-workers or a smaller batch",
+}
+"""{errno: what to do}: of a place or a machine, not of this program."""
+
+
+def remedy_of(error: BaseException | None) -> str | None:
+    """What to do about an error of the place of the results, or of the machine: a full disk, say.
+
+    Whatever else is tried there fails too. None for any other error: a file that is missing where
+    this program expects it is a fault of ours.
+    """
+    if not isinstance(error, OSError) or isinstance(error, UserError) or error.errno is None:
+        return None
+    return _REMEDIES.get(error.errno)
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import pathlib
 
 import pytest
@@ -158,3 +159,27 @@ def test_without_a_record_the_folder_says_whose_it_is(tmp_path, calls):
     older = list((tmp_path / "net" / "overlap.old").glob("*/summary.json"))
     assert [files.read_json(path)["settings"] for path in older] == [0]
     assert files.read_json(tmp_path / "net" / "overlap" / "summary.json") == {"settings": 1}
+
+
+def test_a_full_disk_stops_the_plan_and_a_failure_does_not(tmp_path):
+    """Nor does what asks the process to stop count as a failure of the stage."""
+    begun = []
+
+    def stage(name, error=None):
+        def run():
+            begun.append(name)
+            if error is not None:
+                raise error
+
+        return plan.Stage("net", name, {}, run)
+
+    full = OSError(errno.ENOSPC, "full", "a")
+    stages = [stage("a", ValueError("a")), stage("b", full), stage("c")]
+    whole = plan.Plan(tmp_path, stages)
+    with pytest.raises(OSError, match="full"):
+        whole.run(stages, lambda stage: None)
+    assert begun == ["a", "b"]
+    assert "full" in whole.record(stages[1])["error"] and not whole.record(stages[2])
+    stopped = [stage("d", KeyboardInterrupt())]
+    with pytest.raises(KeyboardInterrupt):
+        plan.Plan(tmp_path, stopped).run(stopped, lambda stage: None)

@@ -21,6 +21,7 @@ from rich.progress import Progress as RichProgress
 
 console = Console()
 _LOG_SECONDS = 60.0
+_shown: list[RichProgress] = []
 
 
 class Progress(Protocol):
@@ -104,6 +105,7 @@ def counter(
         disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task(description, total=total, text="")
+        _shown.append(bar)
 
         def update(completed: int, text: str) -> None:
             nonlocal shown
@@ -112,7 +114,17 @@ def counter(
                 shown = time.monotonic()
                 console.print(f"{description}: {completed}/{total} {text}", highlight=False)
 
-        yield update
+        try:
+            yield update
+        finally:
+            if bar in _shown:
+                _shown.remove(bar)
+
+
+def stop() -> None:
+    """Ends the bars that are shown: a command that ends at once leaves them in the middle."""
+    while _shown:
+        _shown.pop().stop()
 
 
 def _notebook_line(description: str, total: int, time_left: bool) -> Callable[[int, str], None]:

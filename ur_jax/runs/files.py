@@ -47,6 +47,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # a full disk: only writing to it failed
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

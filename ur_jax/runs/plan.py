@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ur_jax.devices import hosts
-from ur_jax.errors import UserError
+from ur_jax.errors import UserError, remedy_of
 from ur_jax.runs import files
 from ur_jax.runs.folder import OtherConfigurationError
 from ur_jax.runs.provenance import SCHEMA, provenance
@@ -150,6 +150,9 @@ class Plan:
 
         Returns:
           How each ended. An error in one does not stop the others; its traceback is in the record.
+
+        Raises:
+          OSError: where nothing can be written, or read, any more.
         """
         return [self._run_one(stage, on_begin) for stage in stages]
 
@@ -202,7 +205,9 @@ class Plan:
             outcome = Outcome(stage.key, "failed", seconds, reason)
         if hosts.is_first():
             self._write(stage, record)
-        hosts.on_all_hosts(True)
+        if hosts.on_all_hosts(remedy_of(error) is not None).any():
+            # A full disk is no fault of the stage: the others would end in it too.
+            raise error or hosts.OtherHostError(f"{stage.key} failed on another host.")
         return outcome
 
     def _begun(self, stage: Stage, state: str) -> str:
