@@ -19,6 +19,7 @@ from ur_jax.data import ImageBatch, ImageSource, image_batches
 from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
 from ur_jax.jobs.base import Session
+from ur_jax.metrics.checks import check_spread
 from ur_jax.runs import Run
 from ur_jax.types import Array
 
@@ -105,7 +106,8 @@ def clean_representations(
       {"index": (N,), "clean": (N,D) float32, ...} of all hosts' parts so far.
 
     Raises:
-      UserError: for a batch that does not divide over the devices.
+      UserError: for a batch that does not divide over the devices, or an encoder that gives all
+        images the same representation.
     """
     devices.check_divisible(stage.batch_size, session.mesh)
     encoder = devices.replicate(session.mesh, encoder)
@@ -117,7 +119,10 @@ def clean_representations(
         input_size=encoder.input_size,
         preparation=encoder.preparation,
     )
-    return session.run.read_parts(stage.name)
+    found = session.run.read_parts(stage.name)
+    if found:
+        check_spread(found["clean"], f"encoder {encoder.name!r}")
+    return found
 
 
 def with_bank(
