@@ -30,12 +30,13 @@ from ur_jax import data, endings, registry
 from ur_jax.devices import hosts, launchers
 from ur_jax.devices.launchers import Launch
 from ur_jax.errors import UserError, unknown_name
-from ur_jax.jobs import JOBS, Job
+from ur_jax.jobs import JOBS, Job, chosen
 from ur_jax.jobs.base import EncoderLike, ImagesLike, ProbeLike
 from ur_jax.jobs.progress import console
 
 Config = TypeVar("Config")
 _registry = tyro.constructors.ConstructorRegistry()
+_registry.struct_rule(chosen.rule)
 
 _SCRIPTS = {
     "benchmark": "ur_jax.jobs.benchmark",

@@ -17,7 +17,7 @@ from PIL import Image
 from ur_jax.certify.sampling import noisy_samples
 from ur_jax.data import ProbeViews, ViewConfig, corruptions, image_batches, prepare
 from ur_jax.data.probe_views import CropConfig, random_box, random_view
-from ur_jax.training import views as augment
+from ur_jax.training import views
 
 
 @pytest.mark.parametrize("name", ["0", "1", "blocks"])
@@ -132,7 +132,7 @@ def test_random_crops_have_the_reference_statistics(golden_dir):
 def test_a_probes_crops_are_those_of_training():
     """Drawn here by NumPy on the host and there by JAX on the device, from one distribution."""
     for field in dataclasses.fields(CropConfig):
-        assert getattr(CropConfig(), field.name) == getattr(augment.PROBE, field.name)
+        assert getattr(CropConfig(), field.name) == getattr(views.PROBE, field.name)
 
 
 def test_views_flip_half_and_fall_back_to_the_centre():

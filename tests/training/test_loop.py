@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 
 import flax.linen as nn
@@ -15,16 +16,17 @@ from PIL import Image
 
 from ur_jax import data, devices, training
 from ur_jax.attacks import AttackConfig
-from ur_jax.encoders import checkpoints
 from ur_jax.encoders.networks.layers import Dense, DenseNorm, NormConfig
-from ur_jax.training import views as augment
-from ur_jax.training.loop import LoopConfig, train
+from ur_jax.errors import UserError
+from ur_jax.training.checkpoints import TrainingCheckpoints
+from ur_jax.training.loop import LoopConfig, last_row, train
+from ur_jax.training.views import AugmentConfig
 
 BATCH = 8
 CONFIG = LoopConfig(
     num_epochs=3,
-    first_view=augment.AugmentConfig(size=(4, 4)),
-    second_view=augment.AugmentConfig(size=(4, 4)),
+    first_view=AugmentConfig(size=(4, 4)),
+    second_view=AugmentConfig(size=(4, 4)),
     log_every=2,
     save_every=2,
 )
@@ -88,43 +90,99 @@ def _rows(directory):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("at_row", [1, 3, 5])
-def test_killed_anywhere_and_resumed_ends_with_the_same_bits(run, uninterrupted, tmp_path, at_row):
-    rows = []
+def _before_step(number, act):
+    """A progress that acts before step `number` of those that are left, counted from 1."""
 
-    def killed(row):
-        rows.append(row)
-        if len(rows) == at_row:
-            raise KeyboardInterrupt
+    def watch(steps, title, total):
+        for count, step in enumerate(steps, start=1):
+            if count == number:
+                act()
+            yield step
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, on_metrics=killed)
+    return watch
+
+
+def _killed():
+    raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("before_step", [1, 4, 6, 9])
+def test_killed_anywhere_and_resumed_ends_with_the_same_bits(
+    run, uninterrupted, tmp_path, before_step
+):
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path, watch=_before_step(before_step, _killed))
     whole, state = uninterrupted
     for a, b in zip(state, run(tmp_path), strict=True):
         np.testing.assert_array_equal(a, b)
     assert _rows(tmp_path) == _rows(whole)
     # Rows at every other step and at the end of each epoch.
     assert [int(row["step"]) for row in _rows(whole)] == [2, 3, 4, 6, 8, 9]
+    assert last_row(whole) == {name: float(text) for name, text in _rows(whole)[-1].items()}
 
 
-def test_a_request_to_stop_saves_the_state(run, uninterrupted, tmp_path):
-    def stop(row):
-        if row["step"] == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, on_metrics=stop)
-    assert stopped.value.code == 143
-    with checkpoints.TrainingCheckpoints(tmp_path / "state") as saved:
-        assert saved.latest_step == 4
+@pytest.mark.parametrize(
+    "asked, ends", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_request_to_stop_saves_the_state(run, uninterrupted, tmp_path, asked, ends):
+    ask = lambda: os.kill(os.getpid(), asked)
+    before = signal.getsignal(asked)
+    with pytest.raises(ends) as stopped:
+        run(tmp_path, watch=_before_step(5, ask))
+    assert signal.getsignal(asked) is before
+    if ends is SystemExit:
+        assert stopped.value.code == 143
+    with TrainingCheckpoints(tmp_path / "state") as saved:
+        assert saved.latest_step == 5
     for a, b in zip(uninterrupted[1], run(tmp_path), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_second_ctrl_c_does_not_wait(run, tmp_path):
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, watch=_before_step(2, twice))
+    with TrainingCheckpoints(tmp_path / "state") as saved:
+        assert saved.latest_step is None  # step 2 was not computed
 
 
 def test_a_loss_that_is_not_finite_names_step_and_checkpoint(run, tmp_path):
     rate = lambda step: jnp.where(step >= 4, jnp.inf, 0.05)
     with pytest.raises(ValueError, match="not finite at step 6 .* is that of step 4"):
         run(tmp_path, optimizer=training.sgd(rate, weight_decay=0.0))
+
+
+def test_damage_is_named_in_one_line(run, uninterrupted, tmp_path):
+    for name in ("state", "metrics.csv"):
+        (shutil.copytree if name == "state" else shutil.copy)(
+            uninterrupted[0] / name, tmp_path / name
+        )
+    metrics = tmp_path / "metrics.csv"
+    whole = metrics.read_text()
+    metrics.write_text(whole[:-30])
+    with pytest.raises(UserError, match=r"metrics.csv is damaged in line 7[^\n]*$"):
+        run(tmp_path)
+    metrics.write_text(whole)
+    largest = max((tmp_path / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoint of step 9 in .*state is damaged[^\n]*$"):
+        run(tmp_path)
+
+
+def test_other_images_are_not_gone_on_with(run, source, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path, watch=_before_step(5, _killed))
+    fewer = lambda source: data.ShuffledImages(
+        source, np.arange(29), batch_size=BATCH, seed=3, input_size=(6, 6), preparation="resize"
+    )
+    monkeypatch.setitem(globals(), "_images", fewer)
+    with pytest.raises(UserError, match="Expected 30 readable images.*got 29"):
+        run(tmp_path)
 
 
 def test_order_depends_on_seed_and_epoch_alone(source):

@@ -15,16 +15,17 @@ import pytest
 from scipy import ndimage, stats
 
 from ur_jax import devices
-from ur_jax.training import views as aug
+from ur_jax.training import operations as ops
+from ur_jax.training import views
 
 NUM_DRAWS = 5000
 CHUNK = 500
 MAX_Z = 4.0
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PIPELINES = {
-    "mocov2": aug.MOCO_V2,
-    "mocov3_1": aug.MOCO_V3_VIEW1,
-    "mocov3_2": aug.MOCO_V3_VIEW2,
+    "mocov2": views.MOCO_V2,
+    "mocov3_1": views.MOCO_V3_VIEW1,
+    "mocov3_2": views.MOCO_V3_VIEW2,
 }
 # Pillow's bytes minus float, in units of 1/255, as the README of the golden data tabulates
 # them: mean from, to; root mean square from, to; maximum.
@@ -37,11 +38,11 @@ EXACT = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 KEY = jax.random.key(2022)
 
-sample_view = jax.jit(aug.sample_view, static_argnames=("height", "width", "config"))
-augment = jax.jit(aug.augment, static_argnames="config")
-color_jitter = jax.jit(aug.color_jitter)
-crop_and_resize = jax.jit(aug.crop_and_resize, static_argnames="size")
-gaussian_blur = jax.jit(aug.gaussian_blur, static_argnames="radius")
+sample_view = jax.jit(views.sample_view, static_argnames=("height", "width", "config"))
+augment = jax.jit(views.augment, static_argnames="config")
+color_jitter = jax.jit(ops.color_jitter)
+crop_and_resize = jax.jit(ops.crop_and_resize, static_argnames="size")
+gaussian_blur = jax.jit(ops.gaussian_blur, static_argnames="radius")
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def statistics(golden_dir):
 def only(**fields):
     """A configuration that takes the whole image and does nothing but what is named."""
     whole = {"size": (32, 32), "area": (1.0, 1.0), "aspect": (1.0, 1.0), "flip_probability": 0.0}
-    return aug.AugmentConfig(**whole | fields)
+    return views.AugmentConfig(**whole | fields)
 
 
 def jitter_of(*operations):
@@ -63,7 +64,7 @@ def jitter_of(*operations):
         factors[operation] = factor
     named = [operation for operation, _ in operations]
     order = np.int32(named + [operation for operation in range(4) if operation not in named])
-    return aug.Jitter(order[None], factors[None])
+    return ops.Jitter(order[None], factors[None])
 
 
 def sample_views(height, width, config):
@@ -152,12 +153,12 @@ def test_operation_matches_pillow(golden, name):
     source = stored["image_64" if kind == "crop" else "image_32"]
     images = jnp.asarray(source[None] / np.float32(255))
     if kind == "crop":
-        box = aug.Crop(*(jnp.array([n]) for n in parameter))
+        box = ops.Crop(*(jnp.array([n]) for n in parameter))
         ours = crop_and_resize(images, box, jnp.array([False]), size=(32, 32))
     elif kind == "blur":
         ours = gaussian_blur(images, jnp.array([parameter]), radius=8)
     elif kind == "grayscale":
-        ours = aug.grayscale(images)
+        ours = ops.grayscale(images)
     elif kind == "solarize":
         ours = augment(images, jax.random.key(0), config=only(solarize_probability=1.0))
     else:
@@ -193,7 +194,7 @@ def test_jitter_applies_every_order():
             else:
                 base, f = (0.0, grey.mean(), grey)[operation], factor[operation]
                 image[:] = np.clip(f * image + (1 - f) * base, 0, 1)
-    jitter = aug.Jitter(jnp.array(orders), jnp.array(factors, jnp.float32))
+    jitter = ops.Jitter(jnp.array(orders), jnp.array(factors, jnp.float32))
     got = color_jitter(jnp.array(images, jnp.float32), jitter)
     np.testing.assert_allclose(got, want, atol=3e-6)
 
@@ -232,7 +233,7 @@ def test_crop_equals_twin_and_sees_nothing_outside():
     for target, (top, left, height, width) in zip(images, boxes, strict=True):
         inside = np.s_[top : top + height, left : left + width]
         target[inside] = image[inside]
-    crop = aug.Crop(*jnp.array(boxes).T)
+    crop = ops.Crop(*jnp.array(boxes).T)
     flip = jnp.array([False, True, False, True])
     got = crop_and_resize(jnp.array(images, jnp.float32), crop, flip, size=(6, 8))
     for view, (top, left, height, width), flipped in zip(got, boxes, flip, strict=True):
@@ -250,15 +251,15 @@ def test_crop_equals_twin_and_sees_nothing_outside():
     ],
 )
 def test_crop_without_choice(shape, area, aspect, box):
-    config = aug.AugmentConfig(area=area, aspect=aspect)
+    config = views.AugmentConfig(area=area, aspect=aspect)
     assert tuple(map(int, sample_view(KEY, *shape, config=config).crop)) == box
 
 
 @pytest.mark.parametrize("scale", [(0.2, 1.0), (0.08, 1.0)])
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (375, 500)])
 def test_crop_distribution(statistics, scale, height, width):
-    config = aug.AugmentConfig(area=scale)
-    box = aug.Crop(*map(np.float64, sample_views(height, width, config).crop))
+    config = views.AugmentConfig(area=scale)
+    box = ops.Crop(*map(np.float64, sample_views(height, width, config).crop))
     assert (box.top >= 0).all() and (box.top + box.height <= height).all()
     assert (box.left >= 0).all() and (box.left + box.width <= width).all()
     samples = {
@@ -274,12 +275,12 @@ def test_crop_distribution(statistics, scale, height, width):
 
 @pytest.mark.parametrize("saturation", [0.4, 0.2])
 def test_jitter_distribution(statistics, golden, saturation):
-    config = dataclasses.replace(aug.MOCO_V2, saturation=saturation, jitter_probability=1.0)
+    config = dataclasses.replace(views.MOCO_V2, saturation=saturation, jitter_probability=1.0)
     image = golden("augmentation_ops.npz")["image_64"] / np.float32(255)
     images = np.broadcast_to(image, (CHUNK, *image.shape))
     jitter = sample_views(64, 64, config).jitter
     rows = [slice(start, start + CHUNK) for start in range(0, NUM_DRAWS, CHUNK)]
-    chunks = (color_jitter(images, aug.Jitter(*(leaf[row] for leaf in jitter))) for row in rows)
+    chunks = (color_jitter(images, ops.Jitter(*(leaf[row] for leaf in jitter))) for row in rows)
     recorded = statistics["color_jitter"][f"0.4_0.4_{saturation}_0.1"]
     assert_distributed(recorded, measured(chunks))
 
@@ -295,7 +296,7 @@ def test_pipeline_distribution(statistics, golden, name):
 
 
 def test_switches_distribution(statistics):
-    view = sample_views(64, 64, aug.MOCO_V3_VIEW2)
+    view = sample_views(64, 64, views.MOCO_V3_VIEW2)
     samples = {
         "flip_fraction": view.flip,
         "grey_fraction": view.grey,
@@ -313,7 +314,7 @@ def test_switches_distribution(statistics):
 
 
 def test_recipes_differ_in_the_published_numbers():
-    v2, first, second = aug.MOCO_V2, aug.MOCO_V3_VIEW1, aug.MOCO_V3_VIEW2
+    v2, first, second = views.MOCO_V2, views.MOCO_V3_VIEW1, views.MOCO_V3_VIEW2
     assert (v2.area, v2.saturation, v2.blur_probability) == ((0.2, 1.0), 0.4, 0.5)
     assert (first.area, first.saturation, first.blur_probability) == ((0.08, 1.0), 0.2, 1.0)
     assert (second.blur_probability, second.solarize_probability) == (0.1, 0.2)
@@ -325,19 +326,19 @@ def test_recipes_differ_in_the_published_numbers():
 def test_without_operations_nothing_changes_but_the_flip():
     images = np.random.default_rng(4).random((16, 8, 8, 3), np.float32)
     compiled = augment._cache_size()
-    views = augment(images, KEY, config=only(size=(8, 8), flip_probability=0.5))
+    seen = augment(images, KEY, config=only(size=(8, 8), flip_probability=0.5))
     again = augment(images, KEY, config=only(size=(8, 8), flip_probability=0.5))
     assert augment._cache_size() == compiled + 1  # equal configurations share a compilation
-    views = np.asarray(views)
-    np.testing.assert_array_equal(again, views)
-    same = (views == images).all((1, 2, 3))
-    mirrored = (views == images[:, :, ::-1]).all((1, 2, 3))
+    seen = np.asarray(seen)
+    np.testing.assert_array_equal(again, seen)
+    same = (seen == images).all((1, 2, 3))
+    mirrored = (seen == images[:, :, ::-1]).all((1, 2, 3))
     assert (same ^ mirrored).all() and same.any() and mirrored.any()
 
 
 def test_views_do_not_depend_on_batching_or_devices():
     # Without jitter, whose compilation is long; test_jitter_applies_every_order mixes rows.
-    config = dataclasses.replace(aug.MOCO_V2.at((8, 8)), jitter_probability=0.0)
+    config = dataclasses.replace(views.MOCO_V2.at((8, 8)), jitter_probability=0.0)
     images = np.random.default_rng(5).random((24, 12, 10, 3), np.float32)
     mesh = devices.data_mesh()
     assert mesh.size == 8
@@ -370,14 +371,14 @@ def test_views_do_not_depend_on_batching_or_devices():
 )
 def test_config_errors(fields, message):
     with pytest.raises(ValueError, match=message):
-        aug.AugmentConfig(**fields)
+        views.AugmentConfig(**fields)
 
 
 def test_input_errors():
     images = jnp.zeros((2, 8, 8, 3))
     for wrong in (images[0], images[..., :1], images.astype(jnp.uint8)):
         with pytest.raises(ValueError, match="Expected images"):
-            augment(wrong, KEY, config=aug.PROBE)
+            augment(wrong, KEY, config=views.PROBE)
     for wrong in (jnp.zeros(2, jnp.uint32), jax.random.split(KEY, 3)):
         with pytest.raises(ValueError, match="Expected one typed key"):
-            augment(images, wrong, config=aug.PROBE)
+            augment(images, wrong, config=views.PROBE)

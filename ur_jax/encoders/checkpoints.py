@@ -1,4 +1,4 @@
-"""Checkpoints on disk: encoders to hand on, and the states of a training run. Alone knows Orbax.
+"""Encoders on disk, to hand on: checkpoints by Orbax.
 
 Orbax writes into a temporary directory beside the checkpoint and renames it when all is on disk, so
 that a killed process leaves the previous checkpoint or the new one, never half of one; in a bucket,
@@ -11,8 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import signal
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -138,100 +136,6 @@ def tree_hash(tree: PyTree) -> str:
         digest.update(f"{name}{np.shape(leaf)}".encode())
         digest.update(np.ascontiguousarray(np.asarray(leaf).astype("<f4", copy=False)))
     return digest.hexdigest()
-
-
-class TrainingCheckpoints:
-    """The latest states of a training run, written in the background; a context manager.
-
-    Leaving the context, `close` or `wait` finishes the writing: without one the last state is lost.
-    """
-
-    def __init__(
-        self, directory: str | os.PathLike, *, max_to_keep: int = 1, listens: bool = False
-    ):
-        """Opens the directory, making it if need be; what a killed run left half is removed.
-
-        Args:
-          directory: of the run's states.
-          max_to_keep: how many of the newest.
-          listens: SIGTERM no longer ends the process at once but turns `asked_to_stop` true, for a
-            caller that looks at it after every step.
-        """
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep, cleanup_tmp_directories=True
-        )
-        self._directory = _absolute(directory)
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
-        self._asked, self._before = threading.Event(), None
-        # On a pod, JAX's coordinator listens itself, and all hosts stop at the same step.
-        in_main = threading.current_thread() is threading.main_thread()
-        if listens and in_main and jax.process_count() == 1:
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
-
-    def asked_to_stop(self, step: int) -> bool:
-        """Whether the machine wants its processes to stop: by SIGTERM, or a pod's preemption."""
-        return self._asked.is_set() or self._manager.reached_preemption(step)
-
-    @property
-    def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint, if there is one."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
-        """Starts to write a state, any pytree of arrays (typed keys too), and JSON metadata.
-
-        Does nothing if `step` is not after `latest_step`.
-        """
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(dict(metadata))
-        )
-        self._manager.save(step, args=arguments)
-
-    def restore(self, state_like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        """Reads the newest state.
-
-        Args:
-          state_like: a state of the same structure and shapes; each restored array lies on the
-            devices of its counterpart, however many the saved one lay on.
-
-        Returns:
-          (state, metadata).
-
-        Raises:
-          ValueError: if there is no checkpoint, or it is damaged or of another state.
-        """
-        step = self.latest_step
-        if step is None:
-            raise UserError(f"There is no checkpoint to resume from in {self._directory}.")
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state_like)
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore()
-        )
-        try:
-            restored = self._manager.restore(step, args=arguments)
-        except Exception as error:  # tensorstore and orbax have no common class for it
-            raise UserError(
-                f"The checkpoint of step {step} in {self._directory} is damaged or of another "
-                f"configuration ({type(error).__name__}: {error}); remove it or resume as it began."
-            ) from error
-        return restored.state, restored.metadata
-
-    def wait(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits until everything is on disk and ends the background threads."""
-        self._manager.close()
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
-
-    def __enter__(self) -> TrainingCheckpoints:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:

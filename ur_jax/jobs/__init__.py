@@ -6,6 +6,7 @@ from ur_jax.jobs.impersonate import Impersonate, ImpersonationConfig
 from ur_jax.jobs.knn import Knn
 from ur_jax.jobs.label_free import EvaluationConfig, LabelFree
 from ur_jax.jobs.probe import Probe
+from ur_jax.jobs.train import Train
 
 __all__ = [
     "JOBS",
@@ -19,5 +20,6 @@ __all__ = [
     "LabelFree",
     "Probe",
     "Session",
+    "Train",
     "register",
 ]

@@ -312,6 +312,9 @@ JOBS: Registry[type[Job]] = Registry("job", "ur_jax.jobs")
 """Every kind of job, by the name of its command."""
 
 
+J = TypeVar("J", bound=Job)
+
+
 def register(name: str):
     """Decorates a subclass of `Job`: names it and adds it to `JOBS`."""
 

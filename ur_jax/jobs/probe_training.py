@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 
 from ur_jax import devices
 from ur_jax.data import ProbeViews, image_batches, labels
-from ur_jax.encoders import checkpoints
 from ur_jax.errors import UserError
 from ur_jax.jobs import parts
 from ur_jax.jobs.base import Session
 from ur_jax.metrics.checks import check_spread
 from ur_jax.probes import linear
 from ur_jax.probes.linear import ProbeState
+from ur_jax.training.checkpoints import TrainingCheckpoints
 
 if TYPE_CHECKING:
     from ur_jax.jobs.probe import Probe
@@ -58,7 +58,7 @@ def _on_images(job: Probe, session: Session, state: ProbeState) -> tuple[ProbeSt
     size = config.batch_size // session.num_hosts
     own = slice(session.host * size, (session.host + 1) * size)  # of each batch
     history: History = []
-    with checkpoints.TrainingCheckpoints(session.run.path / "state") as saved:
+    with TrainingCheckpoints(session.run.path / "state") as saved:
         if saved.latest_step is not None:
             state, metadata = saved.restore(state)
             history = metadata["history"]

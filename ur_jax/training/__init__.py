@@ -8,8 +8,10 @@
 `loop.train` runs it over a data set, with checkpoints, and resumes bit for bit.
 """
 
-from ur_jax.training.methods.fare import Fare
-from ur_jax.training.methods.moco import MocoV2, MocoV3
+from ur_jax.training.methods import METHODS, MethodConfig, Start
+from ur_jax.training.methods.fare import Fare, FareConfig
+from ur_jax.training.methods.mocov2 import MocoV2, MocoV2Config
+from ur_jax.training.methods.mocov3 import MocoV3, MocoV3Config
 from ur_jax.training.optimizers import adamw, cosine_schedule, momentum_schedule, sgd, trained_mask
 from ur_jax.training.step import (
     ATTACKS,
@@ -23,11 +25,17 @@ from ur_jax.training.step import (
 
 __all__ = [
     "ATTACKS",
+    "METHODS",
     "Adversary",
     "Fare",
+    "FareConfig",
     "Method",
+    "MethodConfig",
     "MocoV2",
+    "MocoV2Config",
     "MocoV3",
+    "MocoV3Config",
+    "Start",
     "TrainState",
     "Views",
     "adamw",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tensorboardX
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ur_jax import devices, runs
+from ur_jax.checks import check_whole
 from ur_jax.data import ShuffledImages
-from ur_jax.encoders import checkpoints
-from ur_jax.errors import UserError
-from ur_jax.training import views as augment
+from ur_jax.errors import UserError, require
+from ur_jax.training.checkpoints import TrainingCheckpoints
 from ur_jax.training.step import (
     Adversary,
     Method,
@@ -32,6 +31,7 @@ from ur_jax.training.step import (
     check_parts,
     train_step,
 )
+from ur_jax.training.views import AugmentConfig, augment
 from ur_jax.types import Array, Key
 
 
@@ -52,16 +52,33 @@ class LoopConfig:
     """
 
     num_epochs: int
-    first_view: augment.AugmentConfig
-    second_view: augment.AugmentConfig | None
+    first_view: AugmentConfig
+    second_view: AugmentConfig | None
     num_parts: int = 1
     log_every: int = 20
     save_every: int = 1000
 
     def __post_init__(self):
-        for field in ("num_epochs", "log_every", "save_every"):
-            if getattr(self, field) < 1:
-                raise UserError(f"Expected {field} >= 1, got {getattr(self, field)}.")
+        check_whole(self, "num_epochs", "num_parts", "log_every", "save_every")
+
+
+@dataclasses.dataclass
+class Step:
+    """A step of the loop, for whoever shows the progress.
+
+    Attributes:
+      epoch: its number, from 0.
+      images: this process's share (b,H,W,3) uint8 of the batch.
+      text: how training goes, once the step is done.
+    """
+
+    epoch: int
+    images: np.ndarray
+    text: str = ""
+
+
+Watch = Callable[[Iterable[Step], str, int], Iterable[Step]]
+"""watch(steps, title, how many): passes them on, and shows how far they are."""
 
 
 def train(
@@ -75,14 +92,14 @@ def train(
     *,
     config: LoopConfig,
     mesh: Mesh | None = None,
-    on_metrics: Callable[[dict[str, float]], Any] = lambda row: None,
+    watch: Watch = lambda steps, title, total: steps,
     on_epoch: Callable[[int, Samples], Any] = lambda epoch, samples: None,
 ) -> TrainState:
     """Trains, or goes on from the newest checkpoint in `directory`, and ends with the same bits.
 
     Writes `state/` (the newest checkpoint), `metrics.csv` (a row every `log_every` steps) and
-    `tensorboard/`. When the machine asks the process to stop (SIGTERM, or a notice of preemption
-    on a pod), the state is saved first.
+    `tensorboard/`. When the process is asked to stop (SIGTERM, a first Ctrl-C, or a notice of
+    preemption on a pod), the state is saved first.
 
     Args:
       method, optimizer, adversary: as in `train_step`.
@@ -92,41 +109,68 @@ def train(
       key: of all that is drawn.
       config: the rest.
       mesh: devices that a batch is divided over; all local ones by default.
-      on_metrics: called with every row.
+      watch: shows the progress.
       on_epoch: called after each epoch with its number, from 1, and a few of its last views.
 
     Raises:
       ValueError: if loss or gradient is not finite, naming the step and the last checkpoint; for a
-        batch that devices or parts can't divide.
-      SystemExit: with status 143 after the state was saved on request.
+        batch that devices or parts can't divide; for a checkpoint that is damaged or of other
+        images.
+      KeyboardInterrupt, SystemExit: after the state was saved on request; status 143.
     """
     mesh = devices.data_mesh() if mesh is None else mesh
     devices.check_divisible(images.batch_size, mesh)
     check_parts(images.batch_size, method.group_size, config.num_parts)
     update = functools.partial(_update, method, optimizer, adversary, config)
     state = devices.replicate(mesh, state)
-    per_epoch = images.steps_per_epoch
-    with checkpoints.TrainingCheckpoints(directory / "state", listens=True) as saved:
+    per_epoch, total = images.steps_per_epoch, config.num_epochs * images.steps_per_epoch
+    with TrainingCheckpoints(directory / "state", listens=True) as saved:
         if saved.latest_step is not None:
-            state, _ = saved.restore(state)
+            state, known = saved.restore(state)
+            _check_same_images(known, images)
         done = int(state.step)
         with _Log(directory, done) as log:
-            for epoch in range(done // per_epoch, config.num_epochs):
-                for batch in images.epoch(epoch, start=done - epoch * per_epoch):
-                    state, metrics, samples = update(state, devices.shard(mesh, batch), key)
-                    done += 1
-                    log.add(done, metrics)
-                    ends, stops = done % per_epoch == 0, saved.asked_to_stop(done)
-                    saves = ends or stops or done % config.save_every == 0
-                    if saves or done % config.log_every == 0:
-                        on_metrics(log.flush(done / per_epoch, saved.latest_step))
-                    if saves:
-                        saved.save(done, state, {})
-                    if stops:
-                        saved.wait()
-                        raise SystemExit(143)
-                on_epoch(epoch + 1, _on_host(samples))
+            steps = watch(_steps(images, config.num_epochs, done), "training steps", total - done)
+            for step in steps:
+                state, metrics, samples = update(state, devices.shard(mesh, step.images), key)
+                done += 1
+                log.add(done, metrics)
+                ends, stops = done % per_epoch == 0, saved.asked_to_stop(done)
+                saves = ends or stops or done % config.save_every == 0
+                if saves or done % config.log_every == 0:
+                    log.flush(done / per_epoch, saved.latest_step)
+                if saves:
+                    saved.save(done, state, {"num_images": images.num_images})
+                if stops:
+                    saved.stop()
+                if ends:
+                    on_epoch(step.epoch + 1, _on_host(samples))
+                step.text = log.text
     return state
+
+
+def last_row(directory: Path) -> dict[str, float]:
+    """The newest row of a run's metrics, as numbers."""
+    rows = _read_rows(directory / "metrics.csv")
+    return {name: float(value) for name, value in rows[-1].items()} if rows else {}
+
+
+def _steps(images: ShuffledImages, num_epochs: int, done: int) -> Iterator[Step]:
+    """The steps after those that are done."""
+    per_epoch = images.steps_per_epoch
+    for epoch in range(done // per_epoch, num_epochs):
+        for batch in images.epoch(epoch, start=max(done - epoch * per_epoch, 0)):
+            yield Step(epoch, batch)
+
+
+def _check_same_images(known: Mapping[str, Any], images: ShuffledImages) -> None:
+    """Raises UserError if an epoch had another number of images when the state was saved."""
+    before = known.get("num_images", images.num_images)
+    if before != images.num_images:
+        raise UserError(
+            f"Expected {before} readable images, as training began with, got {images.num_images}: "
+            "the order of an epoch depends on their number. Look why images cannot be read."
+        )
 
 
 @functools.partial(
@@ -146,9 +190,9 @@ def _update(
     """One step on uint8 images: their random views, then the method."""
     images = images.astype(jnp.float32) / 255.0
     first, second, draw = jax.random.split(jax.random.fold_in(key, state.step), 3)
-    views = [augment.augment(images, first, config=config.first_view)]
+    views = [augment(images, first, config=config.first_view)]
     if config.second_view is not None:
-        views.append(augment.augment(images, second, config=config.second_view))
+        views.append(augment(images, second, config=config.second_view))
     return train_step(
         method, optimizer, adversary, state, Views(views[0], views[-1]), draw,
         num_parts=config.num_parts,
@@ -166,17 +210,15 @@ class _Log:
     """Metrics on disk. Keeps them on the device until a row is due: no step waits for the host."""
 
     def __init__(self, directory: Path, done: int):
-        self._path, self._rows = directory / "metrics.csv", []
+        self.text = ""
+        self._path = directory / "metrics.csv"
+        # What came after the checkpoint that training goes on from is computed again.
+        self._rows = [row for row in _read_rows(self._path) if int(row["step"]) <= done]
         self._pending: list[tuple[int, dict[str, Array]]] = []
-        if self._path.exists():
-            found = csv.DictReader(self._path.read_text().splitlines())
-            rows = [row for row in found if None not in row.values()]
-            # What came after the checkpoint that training goes on from is computed again.
-            self._rows = [row for row in rows if int(row["step"]) <= done]
         self._writes = jax.process_index() == 0
         if self._writes:
             purge = done + 1 if done else None
-            self._board = tensorboardX.SummaryWriter(
+            self._board = require_board().SummaryWriter(
                 str(directory / "tensorboard"), purge_step=purge
             )
 
@@ -184,25 +226,20 @@ class _Log:
         """Takes the metrics of a step, without waiting for them."""
         self._pending.append((step, metrics))
 
-    def flush(self, epoch: float, last_checkpoint: int | None) -> dict[str, float]:
-        """Writes and returns the mean of what was added since.
+    def flush(self, epoch: float, last_checkpoint: int | None) -> None:
+        """Writes the mean of what was added since.
 
         Raises:
           ValueError: if one of the steps was not finite.
         """
         values = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
         for step, metrics in values:
-            if not all(np.isfinite(value) for value in metrics.values()):
-                shown = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
-                kept = "none" if last_checkpoint is None else f"that of step {last_checkpoint}"
-                raise UserError(
-                    f"Loss or gradient is not finite at step {step} ({shown}). The last good "
-                    f"checkpoint is {kept}; lower the learning rate, or use float32."
-                )
+            _check_finite(step, metrics, last_checkpoint)
         step, self._pending = values[-1][0], []
         means = {name: float(np.mean([m[name] for _, m in values])) for name in values[0][1]}
         row = {"step": step, "epoch": round(epoch, 4), **means}
         self._rows.append(row)
+        self.text = f"loss {means['loss']:.4f}"
         if self._writes:
             with runs.atomic_path(self._path) as temporary, open(temporary, "w") as file:
                 writer = csv.DictWriter(file, list(row), lineterminator="\n")
@@ -210,7 +247,6 @@ class _Log:
                 writer.writerows(self._rows)
             for name, value in means.items():
                 self._board.add_scalar(name, value, step)
-        return row
 
     def __enter__(self) -> _Log:
         return self
@@ -218,3 +254,44 @@ class _Log:
     def __exit__(self, *exception) -> None:
         if self._writes:
             self._board.close()
+
+
+def require_board():
+    """TensorBoard's writer, which only training needs.
+
+    Raises:
+      MissingPackageError: if it is not installed.
+    """
+    return require("tensorboardX", "train", "Training")
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of `metrics.csv`, as text; none if there is no file."""
+    if not path.exists():
+        return []
+    rows = list(csv.DictReader(path.read_bytes().decode(errors="replace").splitlines()))
+    for number, row in enumerate(rows, start=2):
+        try:
+            int(row["step"])
+            [float(value) for value in row.values()]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{path} is damaged in line {number}; move it away, and training goes on with a "
+                "new one."
+            ) from None
+    return rows
+
+
+def _check_finite(step: int, metrics: Mapping[str, Any], last_checkpoint: int | None) -> None:
+    """Raises UserError unless the metrics of a step are finite, saying what may be wrong."""
+    if all(np.isfinite(value) for value in metrics.values()):
+        return
+    shown = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+    kept = "none" if last_checkpoint is None else f"that of step {last_checkpoint}"
+    remedy = "lower the learning rate, or use float32"
+    if np.isfinite(metrics["loss"]):
+        remedy = "look for a root, norm or division at 0 in the network, or lower the learning rate"
+    raise UserError(
+        f"Loss or gradient is not finite at step {step} ({shown}). The last good checkpoint is "
+        f"{kept}; {remedy}."
+    )

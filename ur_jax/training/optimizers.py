@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ur_jax.types import Array, PyTree
+from ur_jax.errors import UserError
+from ur_jax.types import PyTree
 
-Schedule = Callable[[Array], Array]
+Schedule = optax.Schedule
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 
@@ -24,25 +26,33 @@ def cosine_schedule(
     start_epoch: float = 0.0,
     per_epoch: bool = False,
 ) -> Schedule:
-    """Learning rate by step: linear warm-up from 0, then half a cosine to 0.
+    """Learning rate by step: linear warm-up from 0, then half a cosine to 0, where it stays.
+
+    Optax's schedule, asked at epochs: warm-ups are parts of an epoch, and MoCo v2 keeps the rate of
+    the epoch's beginning.
 
     Args:
       base_rate: the peak.
       steps_per_epoch: steps that make one epoch.
-      num_epochs: epochs until 0 is reached, counted from epoch 0.
+      num_epochs: epochs until 0 is reached, counted from epoch 0; more than `warmup_epochs`.
       warmup_epochs: epochs of warm-up.
       start_epoch: the epoch of step 0, where training goes on from a checkpoint.
       per_epoch: constant within an epoch, as MoCo v2 has it.
+
+    Raises:
+      ValueError: for a warm-up that is not over when the rate shall be 0.
     """
+    if not 0 <= warmup_epochs < num_epochs:
+        raise UserError(
+            f"Expected 0 <= warmup_epochs < {num_epochs:g}, where the learning rate reaches 0, got "
+            f"{warmup_epochs:g}; shorten the warm-up or train for longer."
+        )
+    warmup_cosine: Any = optax.warmup_cosine_decay_schedule  # whose counts may be fractions
+    of_epoch = warmup_cosine(0.0, base_rate, warmup_epochs, num_epochs)
 
     def schedule(step):
         epoch = step / steps_per_epoch
-        epoch = start_epoch + (jnp.floor(epoch) if per_epoch else epoch)
-        progress = (epoch - warmup_epochs) / (num_epochs - warmup_epochs)
-        cosine = 0.5 * base_rate * (1.0 + jnp.cos(jnp.pi * progress))
-        return jnp.where(
-            epoch < warmup_epochs, base_rate * epoch / max(warmup_epochs, 1e-9), cosine
-        )
+        return of_epoch(start_epoch + (jnp.floor(epoch) if per_epoch else epoch))
 
     return schedule
 
@@ -62,11 +72,9 @@ def momentum_schedule(
       Chen et al. 2021, arXiv:2104.02057, and its code.
     """
 
-    def schedule(step):
-        progress = (start_epoch + step / steps_per_epoch) / num_epochs
-        return 1.0 - 0.5 * (1.0 - base) * (1.0 + jnp.cos(jnp.pi * progress))
-
-    return schedule
+    cosine: Any = optax.cosine_decay_schedule  # whose counts may be fractions
+    away = cosine(1.0 - base, num_epochs)
+    return lambda step: 1.0 - away(start_epoch + step / steps_per_epoch)
 
 
 def trained_mask(frozen: Sequence[str]) -> Callable[[PyTree], PyTree]:
@@ -105,8 +113,8 @@ def adamw(
     """AdamW with its usual betas (0.9, 0.999); the decay is on every parameter of `mask`."""
     inner = optax.adamw(schedule, weight_decay=weight_decay, mask=mask)
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         with jax.numpy_dtype_promotion("standard"):  # it raises its betas to an integer power
-            return inner.update(grads, state, params)
+            return inner.update(updates, state, params)
 
     return optax.GradientTransformation(inner.init, update)

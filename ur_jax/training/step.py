@@ -142,7 +142,8 @@ class Method(Protocol):
     `group_size` is the number of images that share BatchNorm statistics, None for the whole batch.
     """
 
-    group_size: int | None
+    @property
+    def group_size(self) -> int | None: ...
 
     def init(
         self, variables: PyTree, key: Key, parts: Mapping[str, PyTree]

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from ur_jax.encoders.base import DTYPES, Encoder
 from ur_jax.errors import UserError, unknown_name
+from ur_jax.training.methods.base import MethodConfig, Start, register
+from ur_jax.training.views import FARE, AugmentConfig
 from ur_jax.types import Key, PyTree
+
+
+@register("fare")
+@dataclasses.dataclass(frozen=True)
+class FareConfig(MethodConfig):
+    """FARE has no settings of its own: its attack and its optimizer are the command's."""
+
+    needs_init: ClassVar[bool] = True  # it keeps a trained encoder's outputs
+
+    def views(self, size: tuple[int, int]) -> tuple[AugmentConfig, None]:
+        return FARE.at(size), None
+
+    def make(self, start: Start) -> tuple[Fare, PyTree]:
+        encoder = start.encoder()
+        return Fare.of(encoder, start.dtype), encoder.params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +66,7 @@ class Fare:
     @classmethod
     def of(cls, encoder: Encoder, dtype: str = "float32") -> Fare:
         """The method for an encoder; give `encoder.params` to `init_state` as its variables."""
-        return cls(encoder.replace(params=None), dtype)
+        return cls(dataclasses.replace(encoder, params=None), dtype)
 
     def init(self, variables: PyTree, key: Key, parts: Mapping[str, PyTree]):
         """The parameters; the original's are the target."""
@@ -79,7 +97,7 @@ class Fare:
         losses = self.attack_losses(variables, target, targets, part.rows, images)
         length = jnp.sum(jnp.square(targets[part.rows]), axis=-1)
         # A mean of ratios over images, which the mean over parts of a batch leaves as it is.
-        return losses, {}, {"relative_loss": jnp.mean(losses / length)}
+        return losses, {}, {"relative_loss": jnp.mean(losses / jnp.maximum(length, 1e-12))}
 
     def finish(self, target, targets):
         """Nothing is left to do."""
@@ -91,7 +109,8 @@ class Fare:
 
     def _encode(self, params, original, images):
         """Representations (b,D) float32 in inference mode."""
-        encoder = self.encoder.replace(params=_combine(params, original), dtype=self.dtype)
+        params = _combine(params, original)
+        encoder = dataclasses.replace(self.encoder, params=params, dtype=self.dtype)
         return encoder(images)
 
 

@@ -1,0 +1,167 @@
+"""The states of a training run on disk, and requests to stop, which come in between.
+
+Orbax writes into a temporary directory beside the checkpoint and renames it when all is on disk, so
+that a killed process leaves the previous checkpoint or the new one, never half of one; in a bucket,
+where nothing is renamed, what is not all there lacks a last file and does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ur_jax.errors import UserError
+from ur_jax.runs import is_in_bucket
+from ur_jax.types import PyTree
+
+_HASH = "state_sha256"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class TrainingCheckpoints:
+    """The latest states of a training run, written in the background; a context manager.
+
+    Leaving the context, `close` or `wait` finishes the writing: without one the last state is lost.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike, *, max_to_keep: int = 1, listens: bool = False
+    ):
+        """Opens the directory, making it if need be; what a killed run left half is removed.
+
+        Args:
+          directory: of the run's states.
+          max_to_keep: how many of the newest.
+          listens: SIGTERM and a first Ctrl-C no longer end the process at once but turn
+            `asked_to_stop` true, for a caller that looks at it after every step; a second Ctrl-C
+            does.
+        """
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep, cleanup_tmp_directories=True
+        )
+        # Absolute: with a relative path Orbax's background write fails silently.
+        place = directory if is_in_bucket(directory) else os.path.abspath(directory)
+        self._directory = epath.Path(place)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._asked: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        # On a pod, JAX's coordinator listens itself, and all hosts stop at the same step.
+        in_main = threading.current_thread() is threading.main_thread()
+        if listens and in_main and jax.process_count() == 1:
+            self._before = {each: signal.signal(each, self._listen) for each in _SIGNALS}
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Whether the process is to stop: by SIGTERM, Ctrl-C or a pod's preemption."""
+        return self._asked is not None or self._manager.reached_preemption(step)
+
+    def stop(self) -> NoReturn:
+        """Ends a process that was asked to stop, once everything is on disk.
+
+        Raises:
+          KeyboardInterrupt: after Ctrl-C.
+          SystemExit: with status 143, after anything else.
+        """
+        self.wait()
+        raise KeyboardInterrupt if self._asked == signal.SIGINT else SystemExit(143)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, if there is one."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
+        """Starts to write a state, any pytree of arrays (typed keys too), and JSON metadata.
+
+        Does nothing if `step` is not after `latest_step`.
+        """
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            metadata=ocp.args.JsonSave({**metadata, _HASH: _state_hash(state)}),
+        )
+        self._manager.save(step, args=arguments)
+
+    def restore(self, state_like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """Reads the newest state.
+
+        Args:
+          state_like: a state of the same structure and shapes; each restored array lies on the
+            devices of its counterpart, however many the saved one lay on.
+
+        Returns:
+          (state, metadata).
+
+        Raises:
+          ValueError: if there is no checkpoint, or it is damaged or of another state.
+        """
+        step = self.latest_step
+        if step is None:
+            raise UserError(f"There is no checkpoint to resume from in {self._directory}.")
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state_like)
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore()
+        )
+        try:
+            restored = self._manager.restore(step, args=arguments)
+        except Exception as error:  # tensorstore and orbax have no common class for it
+            raise self._damaged(step, f"{type(error).__name__}: {error}") from error
+        metadata = dict(restored["metadata"])
+        # Without this, a flipped bit would be read as a weight.
+        if metadata.pop(_HASH, None) not in (None, _state_hash(restored["state"])):
+            raise self._damaged(step, "it does not have the recorded SHA-256")
+        return restored["state"], metadata
+
+    def wait(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits until everything is on disk and ends the background threads."""
+        self._manager.close()
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def __enter__(self) -> TrainingCheckpoints:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _listen(self, number: int, frame: Any) -> None:
+        """Remembers a request to stop; a second Ctrl-C has its usual effect."""
+        self._asked = signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+
+    def _damaged(self, step: int, why: str) -> UserError:
+        """The error for a state that cannot be read, on one line."""
+        return UserError(
+            f"The checkpoint of step {step} in {self._directory} is damaged or of another "
+            f"configuration ({' '.join(why.split())[:200]}); remove it or resume as it began."
+        )
+
+
+def _state_hash(state: PyTree) -> str | None:
+    """SHA-256 of a state's paths, shapes, dtypes and bytes; None where one host sees not all."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            return None
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        value = np.ascontiguousarray(np.asarray(leaf))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        digest.update(f"{name}{value.shape}{value.dtype}".encode())
+        digest.update(value.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
