@@ -165,6 +165,8 @@ def test_results_in_a_bucket_are_those_in_a_folder(config, bucket):
         ("checkpoints/mocov2.ckpt/", "mocov2.ckpt"),
         ("networks/wide.py:make", "wide"),
         ("package.networks:make", "networks"),
+        ("networks/wide.py:make,width=64", "wide"),
+        ("mine=networks/wide.py:make,width=64", "mine"),
     ],
 )
 def test_labels_of_encoders(text, label):

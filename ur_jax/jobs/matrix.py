@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ur_jax import data, devices
 from ur_jax.certify import CenterConfig, RandomizedConfig
 from ur_jax.data import CORRUPTIONS, ImageSource, ViewConfig
-from ur_jax.encoders import loading
+from ur_jax.encoders import factories, loading
 from ur_jax.encoders.base import Encoder
 from ur_jax.encoders.outputs import with_representation
 from ur_jax.errors import UserError
@@ -171,7 +171,9 @@ class EncoderEntry:
         Raises:
           UserError: for a label that cannot be the name of a folder.
         """
-        label, _, place = text.rpartition("=")
+        label, is_named, place = text.partition("=")
+        if not is_named or ":" in label or os.path.exists(text):  # the "=" is of the place
+            label, place = "", text
         label = label or _label_of(place)
         if not re.fullmatch(r"[\w+@][\w.+@-]*", label):
             raise UserError(
@@ -414,8 +416,8 @@ def _impersonation(cell: Cell) -> Iterator[Planned]:
 
 def _label_of(place: str) -> str:
     """The name of an encoder's folder from its place: a file, a folder, or the run it is of."""
-    module, _, function = place.rpartition(":")
-    if function.isidentifier() and module and "//" not in place:
+    if factories.is_place(place) and not os.path.exists(place):
+        module = factories.split_arguments(place)[0].rpartition(":")[0]
         return Path(module).stem if module.endswith(".py") else module.rpartition(".")[2]
     parts = [part for part in Path(place).parts if part != os.sep]
     return parts[-2] if len(parts) > 1 and parts[-1] == "encoder" else parts[-1]

@@ -109,6 +109,7 @@ def move(path: Path, to: Path) -> None:
         return
     for each in list(path.iterdir()):
         move(each, to / each.name)
+    cast(epath.Path, path).rmtree(missing_ok=True)  # empty, where a bucket knows folders at all
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
