@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ur_jax.errors import UserError
+from ur_jax.errors import UserError, shown
 from ur_jax.types import Array
 
 
@@ -40,7 +41,21 @@ def check_whole(config: Any, *fields: str, least: int = 1, optional: bool = Fals
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
             what = f"{field} >= {least}" + ", or none" * optional
             hint = "" if isinstance(value, numbers.Integral) else ", which is no integer"
-            raise UserError(f"Expected {what}, got {value!r}{hint}.")
+            raise UserError(f"Expected {what}, got {shown(value)}{hint}.")
+
+
+def whole_number(value: Any, what: str) -> int:
+    """An integer, of Python or NumPy.
+
+    Raises:
+      UserError: for anything else, such as 2.5, True or None.
+    """
+    if isinstance(value, (bool, np.bool_)):
+        raise UserError(f"Expected {what} as a whole number, got {shown(value)}.")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"Expected {what} as a whole number, got {shown(value)}.") from None
 
 
 def check_number(
@@ -67,7 +82,7 @@ def check_number(
         value: Any = getattr(config, field)
         if not (_is_finite(value) and above < value < below and least <= value <= most):
             what = " ".join(part for part in (field, wanted or "finite") if part)
-            raise UserError(f"Expected {what}{unit and f', in {unit}'}, got {value!r}.")
+            raise UserError(f"Expected {what}{unit and f', in {unit}'}, got {shown(value)}.")
 
 
 def _is_finite(value: Any) -> bool:
@@ -84,7 +99,7 @@ def check_flag(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         if not isinstance(value, (bool, np.bool_)):
-            raise UserError(f"Expected {field} to be True or False, got {value!r}.")
+            raise UserError(f"Expected {field} to be True or False, got {shown(value)}.")
 
 
 def check_pixels(images: Array | np.ndarray, name: str = "images") -> None:

@@ -11,6 +11,7 @@ import errno
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 
 class UserError(ValueError):
@@ -76,6 +77,12 @@ def remedy_of(error: BaseException | None) -> str | None:
     if not isinstance(error, OSError) or isinstance(error, UserError) or error.errno is None:
         return None
     return _REMEDIES.get(error.errno)
+
+
+def shown(value: Any) -> str:
+    """A value on one line, of 80 characters at most, for a message."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:

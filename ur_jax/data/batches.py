@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 import grain
 import numpy as np
 from absl import flags
 
-from ur_jax.data.pixels import PREPARATIONS, prepare
-from ur_jax.data.reading import StorageError
+from ur_jax.checks import check_type, whole_number
+from ur_jax.data.pixels import check_preparation, check_size, prepare
+from ur_jax.data.reading import NOT_THE_IMAGE
 from ur_jax.data.sources import ImageSource, read
-from ur_jax.errors import UserError, unknown_name
+from ur_jax.errors import UserError
 
 _LARGEST_BATCH = 4096  # that there may be for fewer images
 
@@ -131,20 +131,6 @@ def check_batch_size(batch_size: int, num_images: int, input_size: tuple[int, in
             f"{batch_size * needed / 2**30:.1f} GiB of {memory / 2**30:.1f}; the network takes "
             "many times that. Give a smaller --batch-size."
         )
-
-
-def whole_number(value: Any, what: str) -> int:
-    """An integer, of Python or NumPy.
-
-    Raises:
-      UserError: for anything else, such as 2.5, True or None.
-    """
-    if isinstance(value, (bool, np.bool_)):
-        raise UserError(f"Expected {what} as a whole number, got {value!r}.")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise UserError(f"Expected {what} as a whole number, got {value!r}.") from None
 
 
 def image_batches(
@@ -275,8 +261,8 @@ class _Batches:
                 images[row] = prepare(
                     example.pixels, input_size=self._input_size, preparation=self._preparation
                 )
-            except (StorageError, MemoryError):
-                raise  # says nothing about the image
+            except NOT_THE_IMAGE:
+                raise
             except Exception as error:  # Pillow alone raises a dozen kinds for damaged files
                 reason = f"{type(error).__name__}: {error}"
                 unreadable.append(Unreadable(self._source.name(image), reason))
@@ -293,14 +279,10 @@ def _dataset(
     source, indices, *, input_size, preparation, batch_size, num_workers, start
 ) -> grain.IterDataset:
     """Checks the arguments and builds the Grain pipeline of uint8 batches."""
+    check_type("source", source, ImageSource)
     indices = _checked_indices(source, indices)
-    if (
-        len(input_size) != 2
-        or min(whole_number(side, "a side of input_size") for side in input_size) < 1
-    ):
-        raise UserError(f"Expected input_size as positive (height, width), got {input_size}.")
-    if preparation not in PREPARATIONS:
-        raise unknown_name("preparation", preparation, PREPARATIONS)
+    check_size(input_size, "input_size")
+    check_preparation(preparation)
     check_batch_size(batch_size, len(indices), input_size)
     start = whole_number(start, "start")
     check_workers(num_workers)

@@ -14,11 +14,12 @@ certificate is another: floating point, at the encoder's input size, see
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import numpy as np
 
+from ur_jax.checks import check_flag, check_number, check_type
+from ur_jax.data.reading import CorruptionError
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.registry import Registry
 
@@ -46,11 +47,11 @@ class ViewConfig:
     augment: bool = True
 
     def __post_init__(self):
+        check_type("kind", self.kind, str)
         if self.kind not in CORRUPTIONS:
             raise unknown_name(CORRUPTIONS.kind, self.kind, CORRUPTIONS)
-        for field in ("sigma", "radius"):
-            if not 0.0 < getattr(self, field) < math.inf:
-                raise UserError(f"Expected {field} > 0, got {getattr(self, field)}.")
+        check_number(self, "sigma", "radius", above=0.0)
+        check_flag(self, "augment")
 
     @property
     def is_random(self) -> bool:
@@ -70,6 +71,26 @@ class Corruption:
 
     apply: Callable[[np.ndarray, np.random.Generator, ViewConfig], np.ndarray]
     is_random: bool = False
+
+    def __call__(
+        self, view: np.ndarray, rng: np.random.Generator, config: ViewConfig
+    ) -> np.ndarray:
+        """The corrupted view.
+
+        Raises:
+          CorruptionError: if `apply` fails, or gives something else than such an image.
+        """
+        try:
+            corrupted = self.apply(view, rng, config)
+        except Exception as error:  # not the image's fault, whatever it is
+            raise CorruptionError(f"The corruption {config.kind!r} failed: {error!r}") from error
+        if getattr(corrupted, "dtype", None) != np.uint8 or corrupted.shape != view.shape:
+            got = getattr(corrupted, "dtype", type(corrupted).__name__)
+            raise CorruptionError(
+                f"Expected of the corruption {config.kind!r} an array {view.shape} of uint8, got "
+                f"{np.shape(corrupted)} of {got}."
+            )
+        return corrupted
 
 
 CORRUPTIONS: Registry[Corruption] = Registry("kind of probe", "ur_jax.corruptions")
@@ -118,6 +139,9 @@ def low_pass(image: np.ndarray, *, radius: float) -> np.ndarray:
     Returns:
       (H,W,3) uint8.
     """
+    _check_view(image)
+    if not 0.0 < radius < np.inf:
+        raise UserError(f"Expected radius > 0, got {radius}.")
     height, width, _ = image.shape
     rows = np.fft.fftfreq(height, 1 / height)[:, None, None]
     columns = np.fft.rfftfreq(width, 1 / width)[:, None]
@@ -140,5 +164,15 @@ def add_noise(image: np.ndarray, rng: np.random.Generator, *, sigma: float) -> n
     Returns:
       (H,W,3) uint8.
     """
+    _check_view(image)
+    if not 0.0 <= sigma < np.inf:
+        raise UserError(f"Expected sigma >= 0, got {sigma}.")
     noisy = image + 255.0 * sigma * rng.standard_normal(image.shape)
     return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def _check_view(image: np.ndarray) -> None:
+    """Raises UserError unless an image is (H,W,3) uint8."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
+        got = f"{np.shape(image)} of {getattr(image, 'dtype', type(image).__name__)}"
+        raise UserError(f"Expected an image (H,W,3) of uint8, got {got}.")

@@ -56,6 +56,8 @@ class DemoSource(ImageSource):
         return index // _CROPS
 
     def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Expected an index in [0, {len(self)}), got {index}.")
         label, crop = divmod(index, _CROPS)
         photograph = _photograph(self.class_names[label])
         # Additive recurrence: the reciprocal powers of the root of x^4 = x + 1, modulo 1.

@@ -14,7 +14,7 @@ from ur_jax.data.identity import hash_files
 from ur_jax.data.pixels import decode
 from ur_jax.data.reading import StorageError, retried
 from ur_jax.data.sources import SOURCES, Example, ImageSource
-from ur_jax.errors import UserError
+from ur_jax.errors import UserError, shown
 
 # The files that torchvision's ImageFolder lists, so that the paper's subsets are ours.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -40,6 +40,8 @@ class FolderSource(ImageSource):
           UserError: if it is not there, or without images.
           StorageError: for a folder in it that cannot be listed.
         """
+        if not isinstance(place, (str, os.PathLike)):
+            raise UserError(f"Expected the path of a folder, got {shown(place)}.")
         self.spec = f"folder:{place}"
         if not os.fspath(place):
             raise UserError("Malformed image spec 'folder:': expected folder:PATH, a folder.")

@@ -7,9 +7,11 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ur_jax.errors import UserError, unknown_name
+from ur_jax.checks import check_type, whole_number
+from ur_jax.errors import UserError, shown, unknown_name
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
+_LARGEST_SIDE = 65_535  # of a JPEG
 PREPARATIONS = ("resize", "resize_crop")
 
 
@@ -63,7 +65,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resizes to size = (H, W) by Pillow's bilinear filter; the aspect ratio is not kept."""
-    height, width = size
+    check_type("image", image, Image.Image)
+    height, width = check_size(size)
     # One call per axis, width first: Pillow 13 would choose another order for some tall images.
     return image.resize((width, image.height), Image.Resampling.BILINEAR).resize(
         (width, height), Image.Resampling.BILINEAR
@@ -76,6 +79,9 @@ def resize_shorter(image: Image.Image, shorter: int) -> Image.Image:
     Raises:
       ValueError: the image is so elongated that the result would pass Pillow's limit on pixels.
     """
+    check_type("image", image, Image.Image)
+    if whole_number(shorter, "shorter") < 1:
+        raise UserError(f"Expected shorter >= 1, got {shorter}.")
     longer = int(shorter * max(image.size) / min(image.size))
     if Image.MAX_IMAGE_PIXELS and shorter * longer > Image.MAX_IMAGE_PIXELS:
         raise UserError(
@@ -87,14 +93,34 @@ def resize_shorter(image: Image.Image, shorter: int) -> Image.Image:
 
 def central_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Cuts out the central (H, W); an odd margin is split by rounding half to even."""
-    height, width = size
+    check_type("image", image, Image.Image)
+    height, width = check_size(size)
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
 def resize_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resizes the shorter side to 256/224 of max(H, W), rounded, and takes the central (H, W)."""
-    return central_crop(resize_shorter(image, round(max(size) * 256 / 224)), size)
+    return central_crop(resize_shorter(image, round(max(check_size(size)) * 256 / 224)), size)
+
+
+def check_size(size: tuple[int, int], what: str = "size") -> tuple[int, int]:
+    """Returns a size (height, width); raises UserError unless it is two integers of 1 or more."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise UserError(f"Expected {what} as (height, width), got {shown(size)}.")
+    height, width = (whole_number(side, f"each side of {what}") for side in size)
+    if not 1 <= min(height, width) <= max(height, width) <= _LARGEST_SIDE:
+        raise UserError(
+            f"Expected {what} as positive (height, width), at most {_LARGEST_SIDE}, got {size}."
+        )
+    return height, width
+
+
+def check_preparation(preparation: str) -> None:
+    """Raises UserError for a preparation that there is not."""
+    check_type("preparation", preparation, str)
+    if preparation not in PREPARATIONS:
+        raise unknown_name("preparation", preparation, PREPARATIONS)
 
 
 def prepare(image: Image.Image, *, input_size: tuple[int, int], preparation: str) -> np.ndarray:
@@ -108,6 +134,5 @@ def prepare(image: Image.Image, *, input_size: tuple[int, int], preparation: str
     Returns:
       (H, W, 3) uint8; the encoder's pixels are these / 255.
     """
-    if preparation not in PREPARATIONS:
-        raise unknown_name("preparation", preparation, PREPARATIONS)
+    check_preparation(preparation)
     return np.asarray((resize if preparation == "resize" else resize_crop)(image, input_size))

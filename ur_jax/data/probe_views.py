@@ -14,10 +14,12 @@ import math
 import numpy as np
 from PIL import Image
 
+from ur_jax.checks import check_number, check_type, whole_number
 from ur_jax.data.corruptions import CORRUPTIONS, ViewConfig
 from ur_jax.data.pixels import prepare, resize
 from ur_jax.data.sources import Example, ImageSource
 from ur_jax.encoders.base import Encoder
+from ur_jax.errors import UserError
 
 _PAPER_SIZE = 224
 _NUM_ATTEMPTS = 10
@@ -36,6 +38,16 @@ class CropConfig:
     area: tuple[float, float] = (0.08, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip_probability: float = 0.5
+
+    def __post_init__(self):
+        for field, most in (("area", 1.0), ("aspect", math.inf)):
+            low, high = getattr(self, field)
+            if not 0.0 < low <= high <= most or math.isinf(high):
+                raise UserError(
+                    f"Expected {field} as (low, high) with 0 < low <= high"
+                    f"{' <= 1' * (most == 1.0)}, got {getattr(self, field)}."
+                )
+        check_number(self, "flip_probability", least=0.0, most=1.0)
 
 
 class ProbeViews(ImageSource):
@@ -73,6 +85,11 @@ class ProbeViews(ImageSource):
           seed: of everything random.
           draw: number of the draw; 0 is for testing, training counts from 1.
         """
+        check_type("source", source, ImageSource)
+        check_type("encoder", encoder, Encoder)
+        check_type("config", config, ViewConfig)
+        if min(whole_number(seed, "seed"), whole_number(draw, "draw")) < 0:
+            raise UserError(f"Expected seed and draw >= 0, got {seed} and {draw}.")
         self.spec, self.class_names = source.spec, source.class_names
         is_paper = encoder.input_size[0] == _PAPER_SIZE
         self.size = (_PAPER_SIZE, _PAPER_SIZE) if is_paper else encoder.input_size
@@ -99,7 +116,7 @@ class ProbeViews(ImageSource):
             view = Image.fromarray(
                 prepare(example.pixels, input_size=self.size, preparation=self._whole)
             )
-        corrupted = CORRUPTIONS[self._config.kind].apply(np.asarray(view), rng, self._config)
+        corrupted = CORRUPTIONS[self._config.kind](np.asarray(view), rng, self._config)
         return example._replace(pixels=Image.fromarray(corrupted))
 
     @functools.cached_property

@@ -24,6 +24,14 @@ class StorageError(UserError):
     """Something could not be read, though tried again: storage that is away, or no permission."""
 
 
+class CorruptionError(RuntimeError):
+    """What makes a probe's views failed, or gave no image: a fault of its code."""
+
+
+NOT_THE_IMAGE = (StorageError, CorruptionError, MemoryError)
+"""Errors that do not make the image that was read an unreadable one."""
+
+
 def is_storage_fault(error: BaseException) -> bool:
     """Whether an error comes from the operating system, rather than from what was read.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ur_jax.checks import whole_number
 from ur_jax.data.batches import image_batches_uint8, load_uint8
 from ur_jax.data.sources import ImageSource
 from ur_jax.errors import UserError
@@ -57,6 +58,13 @@ class ShuffledImages:
         Raises:
           ValueError: for fewer images than a batch, or a batch that the processes can't divide.
         """
+        for value, what in ((batch_size, "batch_size"), (num_processes, "num_processes")):
+            if whole_number(value, what) < 1:
+                raise UserError(f"Expected {what} >= 1, got {value}.")
+        if not 0 <= whole_number(process, "process") < num_processes:
+            raise UserError(f"Expected process in [0, {num_processes}), got {process}.")
+        if whole_number(seed, "seed") < 0:
+            raise UserError(f"Expected seed >= 0, got {seed}.")
         if batch_size % num_processes:
             raise UserError(
                 f"Expected a batch size divisible by {num_processes} processes, got {batch_size}."

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ur_jax.data.reading import StorageError, retried
-from ur_jax.errors import UserError, unknown_name
+from ur_jax.data.reading import NOT_THE_IMAGE, retried
+from ur_jax.errors import UserError, shown, unknown_name
 from ur_jax.registry import Registry
 
 
@@ -84,7 +84,7 @@ class ImageSource(abc.ABC):
             digest.update(self.name(index).encode("utf-8", "surrogateescape") + b"\0")
             try:
                 pixels, label, _ = read(self, index)
-            except (StorageError, MemoryError):
+            except NOT_THE_IMAGE:
                 raise
             except Exception as error:  # unreadable, as it is in batches
                 digest.update(type(error).__name__.encode() + b"\0")
@@ -114,7 +114,7 @@ def open_images(spec: str, *, data_dir: str | os.PathLike[str] | None = None) ->
         prepared, a missing folder or one without images.
     """
     if not isinstance(spec, str):
-        raise UserError(f"Expected an image spec such as 'folder:./photos', got {spec!r}.")
+        raise UserError(f"Expected an image spec such as 'folder:./photos', got {shown(spec)}.")
     kind, _, place = spec.partition(":")
     if kind not in SOURCES:
         folder = os.path.expanduser(spec)
