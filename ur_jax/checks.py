@@ -44,18 +44,23 @@ def check_whole(config: Any, *fields: str, least: int = 1, optional: bool = Fals
             raise UserError(f"Expected {what}, got {shown(value)}{hint}.")
 
 
-def whole_number(value: Any, what: str) -> int:
-    """An integer, of Python or NumPy.
+def whole_number(value: Any, what: str, *, least: int | None = None) -> int:
+    """An integer, of Python or NumPy, as one of Python.
 
-    Raises:
-      UserError: for anything else, such as 2.5, True or None.
+    Args:
+      value: the value; nothing else is rounded to one, such as 2.5, True or None.
+      what: its name, for messages.
+      least: the smallest value.
     """
     if isinstance(value, (bool, np.bool_)):
         raise UserError(f"Expected {what} as a whole number, got {shown(value)}.")
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise UserError(f"Expected {what} as a whole number, got {shown(value)}.") from None
+    if least is not None and number < least:
+        raise UserError(f"Expected {what} >= {least}, got {number}.")
+    return number
 
 
 def check_number(
@@ -92,6 +97,27 @@ def _is_finite(value: Any) -> bool:
         return is_number and math.isfinite(value)
     except OverflowError:  # an integer beyond all floats
         return False
+
+
+def check_range(
+    config: Any, *fields: str, above: float = -math.inf, most: float = math.inf
+) -> None:
+    """Raises UserError unless fields of a configuration are two finite numbers, low <= high.
+
+    Args:
+      config: whose attributes to look at.
+      *fields: their names.
+      above, most: what low is above, and high at most.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        is_pair = (
+            isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_finite, value))
+        )
+        if not is_pair or not above < value[0] <= value[1] <= most:
+            first = f"{above:g} < " if math.isfinite(above) else ""
+            wanted = f"{first}low <= high" + (f" <= {most:g}" if math.isfinite(most) else "")
+            raise UserError(f"Expected {field} as (low, high) with {wanted}, got {shown(value)}.")
 
 
 def check_flag(config: Any, *fields: str) -> None:

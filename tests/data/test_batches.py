@@ -140,7 +140,7 @@ def test_workers_give_what_threads_give(folder):
     ({"num_workers": -1}, "num_workers >= 0"),
     ({"num_workers": 10_000}, "at most .* cores of this machine, got 10000; give --num-workers"),
     ({"num_workers": 1.5}, "num_workers as a whole number"),
-    ({"input_size": (8.5, 8)}, "a side of input_size as a whole number, got 8.5"),
+    ({"input_size": (8.5, 8)}, "each side of input_size as a whole number, got 8.5"),
     ({"input_size": (0, 8)}, "positive .height, width."),
     ({"preparation": "crop"}, "Unknown preparation 'crop'"),
     ({"start": 3}, r"start in \[0, 2\]"),

@@ -98,3 +98,20 @@ def test_each_kind_of_corruption_can_be_pickled_for_workers(plugin):
     )  # fmt: skip
     copy = pickle.loads(pickle.dumps(views))
     assert Image.Image.tobytes(copy[0].pixels) == Image.Image.tobytes(views[0].pixels)
+
+
+@pytest.mark.parametrize("broken, message", [
+    (lambda view, rng, config: view / 255, r"an array \(8, 8, 3\) of uint8, got .* of float64"),
+    (lambda view, rng, config: view[:4], r"got \(4, 8, 3\) of uint8"),
+    (lambda view, rng, config: None, r"got \(\) of NoneType"),
+    (lambda view, rng, config: view[0, 0, 0, 0], "failed: IndexError"),
+])  # fmt: skip
+def test_a_corruption_that_fails_makes_no_image_unreadable(broken, message):
+    """Else a mistake in it would leave out every image, one by one."""
+    source = Given(np.zeros((8, 8, 3), np.uint8))
+    with data.CORRUPTIONS.replaced("test-broken", data.Corruption(broken)):
+        views = data.ProbeViews(
+            source, make_encoder((8, 8)), data.ViewConfig("test-broken"), random=False
+        )
+        with pytest.raises(data.CorruptionError, match=f"'test-broken'.*{message}"):
+            data.load_uint8(views, [0], input_size=(8, 8), preparation="resize")

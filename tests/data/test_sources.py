@@ -29,6 +29,12 @@ def test_demo_is_512_varied_crops():
     assert min(np.asarray(pixels).std() for pixels, _, _ in examples) > 3
 
 
+@pytest.mark.parametrize("index", [-1, 512])
+def test_demo_has_no_other_images(index):
+    with pytest.raises(IndexError, match=f"in .0, 512., got {index}"):
+        data.open_images("demo")[index]
+
+
 # The bytes of our own crops, equal under Pillow 9.2, 10.4, 12.3 and 13.0: a change of them changes
 # every number measured on `demo`.
 @pytest.mark.parametrize("size, preparation, expected", [

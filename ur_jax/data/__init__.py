@@ -35,7 +35,7 @@ from ur_jax.data.pixels import (
 )
 from ur_jax.data.prepared import TfdsSource
 from ur_jax.data.probe_views import ProbeViews
-from ur_jax.data.reading import StorageError
+from ur_jax.data.reading import CorruptionError, StorageError
 from ur_jax.data.shuffled import ShuffledImages
 from ur_jax.data.sources import SOURCES, Example, ImageSource, open_images
 
@@ -44,6 +44,7 @@ __all__ = [
     "PREPARATIONS",
     "SOURCES",
     "Corruption",
+    "CorruptionError",
     "DecodedImages",
     "DemoSource",
     "Example",

@@ -17,7 +17,7 @@ from ur_jax.checks import check_type, whole_number
 from ur_jax.data.pixels import check_preparation, check_size, prepare
 from ur_jax.data.reading import NOT_THE_IMAGE
 from ur_jax.data.sources import ImageSource, read
-from ur_jax.errors import UserError
+from ur_jax.errors import UserError, shown
 
 _LARGEST_BATCH = 4096  # that there may be for fewer images
 
@@ -87,6 +87,8 @@ def evenly_spaced(
     total, n = whole_number(total, "total"), whole_number(n, what)
     if n < 1:
         raise UserError(f"Expected at least 1 sample, got {n} by {what}; give {flag} 1 or more.")
+    if total > 2**53:
+        raise UserError(f"Expected a listing of at most 2**53 images, got {total}.")
     if n > total:
         raise UserError(
             f"Asked for {n} samples of a listing of {total} images by {what}; give {flag} {total} "
@@ -117,14 +119,14 @@ def check_batch_size(batch_size: int, num_images: int, input_size: tuple[int, in
       num_images: how many there are in all. A batch has its full size however few they are.
       input_size: (H, W) of the images.
     """
-    most = max(_LARGEST_BATCH, num_images)
+    most = max(_LARGEST_BATCH, whole_number(num_images, "num_images"))
     if not 1 <= whole_number(batch_size, "batch_size") <= most:
         raise UserError(
             f"Expected batch_size >= 1 and at most {most} for {num_images} images, got "
             f"{batch_size}; give --batch-size {min(most, 64)}, for instance."
         )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    needed = 4 * 3 * math.prod(input_size)  # of one image, in float32
+    needed = 4 * 3 * math.prod(check_size(input_size, "input_size"))  # of one image, in float32
     if batch_size * needed > memory:
         raise UserError(
             f"Expected batch_size to fit in memory, got {batch_size}: its pixels alone take "
@@ -280,8 +282,7 @@ def _dataset(
 ) -> grain.IterDataset:
     """Checks the arguments and builds the Grain pipeline of uint8 batches."""
     check_type("source", source, ImageSource)
-    indices = _checked_indices(source, indices)
-    check_size(input_size, "input_size")
+    indices = checked_indices(source, indices)
     check_preparation(preparation)
     check_batch_size(batch_size, len(indices), input_size)
     start = whole_number(start, "start")
@@ -306,9 +307,12 @@ def _dataset(
     return dataset
 
 
-def _checked_indices(source: ImageSource, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+def checked_indices(source: ImageSource, indices: Sequence[int] | np.ndarray) -> np.ndarray:
     """Indices as an array, once they are known to be of the listing."""
-    array = np.asarray(indices)
+    try:
+        array = np.asarray(indices)
+    except ValueError:  # ragged
+        raise UserError(f"Expected a flat list of indices, got {shown(indices)}.") from None
     if array.size and array.dtype.kind not in "iu":
         raise UserError(f"Expected indices as whole numbers, got {array.dtype}.")
     array = array.astype(np.int64)

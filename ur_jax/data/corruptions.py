@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -140,8 +141,7 @@ def low_pass(image: np.ndarray, *, radius: float) -> np.ndarray:
       (H,W,3) uint8.
     """
     _check_view(image)
-    if not 0.0 < radius < np.inf:
-        raise UserError(f"Expected radius > 0, got {radius}.")
+    check_number(SimpleNamespace(radius=radius), "radius", above=0.0)
     height, width, _ = image.shape
     rows = np.fft.fftfreq(height, 1 / height)[:, None, None]
     columns = np.fft.rfftfreq(width, 1 / width)[:, None]
@@ -165,8 +165,8 @@ def add_noise(image: np.ndarray, rng: np.random.Generator, *, sigma: float) -> n
       (H,W,3) uint8.
     """
     _check_view(image)
-    if not 0.0 <= sigma < np.inf:
-        raise UserError(f"Expected sigma >= 0, got {sigma}.")
+    check_type("rng", rng, np.random.Generator)
+    check_number(SimpleNamespace(sigma=sigma), "sigma", least=0.0)
     noisy = image + 255.0 * sigma * rng.standard_normal(image.shape)
     return np.clip(noisy, 0, 255).astype(np.uint8)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from ur_jax.data.identity import hash_files
 from ur_jax.data.pixels import decode
 from ur_jax.data.sources import SOURCES, Example, ImageSource
-from ur_jax.errors import UserError
+from ur_jax.errors import UserError, shown
 
 _PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
@@ -43,8 +43,10 @@ class DemoSource(ImageSource):
     class_names = tuple(_PHOTOGRAPHS)
 
     def __init__(self, place: str = ""):
-        if place:
-            raise UserError(f"Malformed image spec 'demo:{place}': expected demo alone.")
+        if not isinstance(place, str) or place:
+            raise UserError(
+                f"Malformed image spec: expected demo alone, got behind it {shown(place)}."
+            )
 
     def __len__(self) -> int:
         return _CROPS * len(_PHOTOGRAPHS)

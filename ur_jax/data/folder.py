@@ -49,15 +49,16 @@ class FolderSource(ImageSource):
         if not self._root.is_dir():
             raise UserError(
                 f"{self.spec!r}: expected an existing folder, found "
-                f"{'a file' if self._root.exists() else 'nothing'} at {self._root.absolute()}; "
+                f"{'a file' if self._root.exists() else 'nothing'} at "
+                f"{str(self._root.absolute())!r}; "
                 "give the folder that holds the images or their class folders."
             )
         listing = _list(self.spec, os.fspath(self._root))
         if listing.left_out:
-            shown = ", ".join(sorted(map(printable, listing.left_out))[:5])
+            examples = ", ".join(sorted(map(printable, listing.left_out))[:5])
             warnings.warn(
                 f"{self.spec!r}: left out {len(listing.left_out)} hidden, system or looping "
-                f"entries and what is in them: {shown}{', ...' * (len(listing.left_out) > 5)}.",
+                f"entries and what is in them: {examples}{', ...' * (len(listing.left_out) > 5)}.",
                 stacklevel=3,
             )
         if not listing.names:

@@ -65,7 +65,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resizes to size = (H, W) by Pillow's bilinear filter; the aspect ratio is not kept."""
-    check_type("image", image, Image.Image)
+    check_image(image)
     height, width = check_size(size)
     # One call per axis, width first: Pillow 13 would choose another order for some tall images.
     return image.resize((width, image.height), Image.Resampling.BILINEAR).resize(
@@ -79,7 +79,7 @@ def resize_shorter(image: Image.Image, shorter: int) -> Image.Image:
     Raises:
       ValueError: the image is so elongated that the result would pass Pillow's limit on pixels.
     """
-    check_type("image", image, Image.Image)
+    check_image(image)
     if whole_number(shorter, "shorter") < 1:
         raise UserError(f"Expected shorter >= 1, got {shorter}.")
     longer = int(shorter * max(image.size) / min(image.size))
@@ -93,7 +93,7 @@ def resize_shorter(image: Image.Image, shorter: int) -> Image.Image:
 
 def central_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Cuts out the central (H, W); an odd margin is split by rounding half to even."""
-    check_type("image", image, Image.Image)
+    check_image(image)
     height, width = check_size(size)
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     return image.crop((left, top, left + width, top + height))
@@ -102,6 +102,13 @@ def central_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def resize_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resizes the shorter side to 256/224 of max(H, W), rounded, and takes the central (H, W)."""
     return central_crop(resize_shorter(image, round(max(check_size(size)) * 256 / 224)), size)
+
+
+def check_image(image: Image.Image) -> None:
+    """Raises UserError for something else than a Pillow image that has pixels."""
+    check_type("image", image, Image.Image)
+    if not min(image.size):
+        raise UserError(f"Expected an image with pixels, got {image.width}x{image.height}.")
 
 
 def check_size(size: tuple[int, int], what: str = "size") -> tuple[int, int]:

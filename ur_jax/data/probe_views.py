@@ -14,12 +14,11 @@ import math
 import numpy as np
 from PIL import Image
 
-from ur_jax.checks import check_number, check_type, whole_number
+from ur_jax.checks import check_number, check_range, check_type, whole_number
 from ur_jax.data.corruptions import CORRUPTIONS, ViewConfig
-from ur_jax.data.pixels import prepare, resize
+from ur_jax.data.pixels import check_image, prepare, resize
 from ur_jax.data.sources import Example, ImageSource
 from ur_jax.encoders.base import Encoder
-from ur_jax.errors import UserError
 
 _PAPER_SIZE = 224
 _NUM_ATTEMPTS = 10
@@ -40,13 +39,8 @@ class CropConfig:
     flip_probability: float = 0.5
 
     def __post_init__(self):
-        for field, most in (("area", 1.0), ("aspect", math.inf)):
-            low, high = getattr(self, field)
-            if not 0.0 < low <= high <= most or math.isinf(high):
-                raise UserError(
-                    f"Expected {field} as (low, high) with 0 < low <= high"
-                    f"{' <= 1' * (most == 1.0)}, got {getattr(self, field)}."
-                )
+        check_range(self, "area", above=0.0, most=1.0)
+        check_range(self, "aspect", above=0.0)
         check_number(self, "flip_probability", least=0.0, most=1.0)
 
 
@@ -88,8 +82,8 @@ class ProbeViews(ImageSource):
         check_type("source", source, ImageSource)
         check_type("encoder", encoder, Encoder)
         check_type("config", config, ViewConfig)
-        if min(whole_number(seed, "seed"), whole_number(draw, "draw")) < 0:
-            raise UserError(f"Expected seed and draw >= 0, got {seed} and {draw}.")
+        check_type("random", random, bool)
+        seed, draw = whole_number(seed, "seed", least=0), whole_number(draw, "draw", least=0)
         self.spec, self.class_names = source.spec, source.class_names
         is_paper = encoder.input_size[0] == _PAPER_SIZE
         self.size = (_PAPER_SIZE, _PAPER_SIZE) if is_paper else encoder.input_size
@@ -141,6 +135,9 @@ def random_view(
       size: of the view.
       config: distribution of the box and the flip.
     """
+    check_image(image)
+    check_type("rng", rng, np.random.Generator)
+    check_type("config", config, CropConfig)
     top, left, height, width = random_box(rng, image.height, image.width, config)
     view = resize(image.crop((left, top, left + width, top + height)), size)
     flip = rng.random() < config.flip_probability

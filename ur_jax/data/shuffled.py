@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ur_jax.checks import whole_number
-from ur_jax.data.batches import image_batches_uint8, load_uint8
+from ur_jax.checks import check_type, whole_number
+from ur_jax.data.batches import checked_indices, image_batches_uint8, load_uint8
+from ur_jax.data.pixels import check_size
 from ur_jax.data.sources import ImageSource
 from ur_jax.errors import UserError
 
@@ -58,13 +59,17 @@ class ShuffledImages:
         Raises:
           ValueError: for fewer images than a batch, or a batch that the processes can't divide.
         """
-        for value, what in ((batch_size, "batch_size"), (num_processes, "num_processes")):
-            if whole_number(value, what) < 1:
-                raise UserError(f"Expected {what} >= 1, got {value}.")
-        if not 0 <= whole_number(process, "process") < num_processes:
+        check_type("source", source, ImageSource)
+        indices = checked_indices(source, indices)
+        input_size = check_size(input_size, "input_size")
+        batch_size = whole_number(batch_size, "batch_size", least=1)
+        num_processes = whole_number(num_processes, "num_processes", least=1)
+        process, seed = (
+            whole_number(process, "process", least=0),
+            whole_number(seed, "seed", least=0),
+        )
+        if process >= num_processes:
             raise UserError(f"Expected process in [0, {num_processes}), got {process}.")
-        if whole_number(seed, "seed") < 0:
-            raise UserError(f"Expected seed >= 0, got {seed}.")
         if batch_size % num_processes:
             raise UserError(
                 f"Expected a batch size divisible by {num_processes} processes, got {batch_size}."
@@ -72,7 +77,7 @@ class ShuffledImages:
         self._source, self._workers, self._seed = source, num_workers, seed
         self._shape = {"input_size": input_size, "preparation": preparation}
         self._process, self._share = process, batch_size // num_processes
-        self._indices, self._pixels = np.asarray(indices, np.int64), None
+        self._indices, self._pixels = indices, None
         if in_memory is None:
             in_memory = len(indices) * input_size[0] * input_size[1] * 3 <= _IN_MEMORY_BYTES
         if in_memory:
@@ -94,6 +99,8 @@ class ShuffledImages:
           number: of the epoch, from 0.
           start: number of leading batches to leave out: a resumed run gives those it has done.
         """
+        number = whole_number(number, "the number of an epoch", least=0)
+        start = whole_number(start, "start", least=0)
         order = np.random.default_rng([self._seed, number]).permutation(self.num_images)
         whole = order[: self.steps_per_epoch * self.batch_size]
         shares = whole.reshape(self.steps_per_epoch, -1, self._share)[:, self._process]
