@@ -20,7 +20,7 @@ register(
         rules=vit_rules(),
         paper="backbone",
         groups=("model",),
-        ignored=(r"head\.(weight|bias)",),
+        ignored=(r"head\.(weight|bias)", r"decoder_.*", "mask_token"),
         input_size=(224, 224),
     )
 )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
 
+from ur_jax.encoders.networks.network import Network
 from ur_jax.registry import Registry
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -99,6 +102,23 @@ class EncoderSpec:
     config_fn: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], dict[str, Any]] = (
         lambda contents, shapes: {}
     )
+
+    def without_head(self) -> EncoderSpec:
+        """The same encoder where only its backbone is there; a head's tensors are let pass."""
+        heads = tuple(rule for rule in self.rules if "/head/" in rule.destination)
+        passed = tuple(re.escape(self.prefix) + rule.source for rule in heads)
+        return dataclasses.replace(
+            self,
+            network=functools.partial(_backbone, self.network),
+            rules=tuple(rule for rule in self.rules if rule not in heads),
+            ignored=(*self.ignored, *passed),
+            parts=(),
+        )
+
+
+def _backbone(network: Callable[..., nn.Module], **config: Any) -> Network:
+    """The backbone of a network."""
+    return Network(network(**config).backbone)
 
 
 ENCODERS: Registry[EncoderSpec] = Registry("encoder", "ur_jax.encoders")
