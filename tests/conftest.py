@@ -57,10 +57,10 @@ def mocov2_encoder(golden_dir):
 
     import reference_rules
 
-    from ur_jax.encoders import loading, torch_files
+    from ur_jax.encoders import loading, mapping
     from ur_jax.encoders.zoo import ENCODERS
 
     layout = json.loads((golden_dir / "mocov2.layout.json").read_text())
     spec = ENCODERS["mocov2"]
-    published = torch_files.map_tensors(reference_rules.state_dict(layout), spec)
+    published = mapping.map_tensors(reference_rules.state_dict(layout), spec)
     return loading.make_encoder(spec, published.variables, published.config)

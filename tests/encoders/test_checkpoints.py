@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -37,6 +39,10 @@ def _assert_equal(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+def _largest(directory):
+    return max((f for f in directory.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
 def test_round_trip(saved):
     variables, metadata = checkpoints.restore_encoder(saved)
     _assert_equal(variables, _variables())
@@ -60,8 +66,40 @@ def test_saved_on_eight_devices_is_the_same(tmp_path, saved):
 
 
 def test_does_not_overwrite(saved):
-    with pytest.raises(ValueError, match="exists; remove it or name another"):
+    with pytest.raises(ValueError, match="exists; name another, remove it or overwrite it"):
         checkpoints.save_encoder(saved, _variables(), METADATA)
+    other = jax.tree.map(lambda x: 2 * x, _variables())
+    checkpoints.save_encoder(saved, other, METADATA, overwrite=True)
+    _assert_equal(checkpoints.restore_encoder(saved)[0], other)
+
+
+def test_overwrites_nothing_but_a_checkpoint(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("...")
+    with pytest.raises(ValueError, match="checkpoint to overwrite, but .* is something else"):
+        checkpoints.save_encoder(tmp_path / "thesis", _variables(), METADATA, overwrite=True)
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A folder stands for a bucket: what Orbax finished there has a last file."""
+    monkeypatch.setattr(checkpoints, "is_in_bucket", lambda path: True)
+    finished = lambda path: (path / "commit_success.txt").exists()
+    monkeypatch.setattr(checkpoints.ocp.utils, "is_checkpoint_finalized", finished)
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_copy_in_a_bucket_is_whole_without_the_last_file(saved, bucket, manifest):
+    """As `cp -r` leaves it; nothing whole is replaced."""
+    (saved / "commit_success.txt").unlink(missing_ok=True)
+    if not manifest:  # of a version that wrote none
+        (saved / "files.json").unlink()
+    _assert_equal(checkpoints.restore_encoder(saved)[0], _variables())
+    with pytest.raises(ValueError, match="exists; name another"):
+        checkpoints.save_encoder(saved, _variables(), METADATA)
+    shutil.rmtree(saved / "ocdbt.process_0")  # now it is half a checkpoint
+    assert not checkpoints.is_saved(saved)
 
 
 def test_metadata_are_needed(tmp_path):
@@ -86,10 +124,6 @@ def test_later_format(tmp_path, monkeypatch):
         checkpoints.restore_encoder(tmp_path / "later")
 
 
-def _largest(directory):
-    return max((f for f in directory.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-
-
 @pytest.mark.parametrize("harm", ["delete", "truncate", "flip"])
 def test_damaged_weights(saved, harm):
     """Even one flipped bit, which Orbax itself would return as a weight, is found."""
@@ -108,9 +142,30 @@ def test_damaged_weights(saved, harm):
 
 @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
 def test_damaged_structure(saved, name):
-    (saved / name).unlink()
-    with pytest.raises(ValueError, match="is damaged"):
-        checkpoints.restore_encoder(saved)
+    for manifest in (True, False):
+        if not manifest:
+            (saved / "files.json").unlink()
+        content = (saved / name).read_bytes()
+        (saved / name).unlink()
+        with pytest.raises(ValueError, match="is damaged"):
+            checkpoints.restore_encoder(saved)
+        (saved / name).write_bytes(content)
+
+
+def test_no_flipped_byte_passes(saved):
+    """Anywhere in a checkpoint, its metadata included: the mean and std of an encoder lie there."""
+    files = [f for f in sorted(saved.rglob("*")) if f.is_file()]
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        file = files[rng.integers(len(files))]
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        file.write_bytes(flipped)
+        with pytest.raises(ValueError, match=str(saved)):
+            checkpoints.restore_encoder(saved)
+        file.write_bytes(content)
+    _assert_equal(checkpoints.restore_encoder(saved)[0], _variables())
 
 
 def test_every_file_matters_or_the_weights_are_right(saved):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
@@ -14,9 +15,10 @@ import reference_rules
 from flax import traverse_util
 from published_files import TINY, save_torch, tensors
 
+import ur_jax
 from ur_jax import devices
 from ur_jax.attacks import AttackConfig, u_pgd
-from ur_jax.encoders import checkpoints, loading, torch_files
+from ur_jax.encoders import checkpoints, loading, mapping, torch_files
 from ur_jax.encoders import convert as convert_weights
 from ur_jax.encoders.zoo import ENCODERS
 
@@ -44,7 +46,7 @@ def converted(tmp_path, published):
 def demo_variables():
     """Random variables of the encoder that ships with the package, statistics included."""
     rng = np.random.default_rng(0)
-    shapes = torch_files.variable_shapes(ENCODERS["demo"], {})
+    shapes = mapping.variable_shapes(ENCODERS["demo"], {})
     draws = {
         path: rng.standard_normal(shape) * np.sqrt(1.25 / np.prod(shape[:-1]))
         if len(shape) > 1
@@ -193,6 +195,36 @@ def test_users_file_by_prefix(tmp_path, tiny, capsys):
     convert_weights.main(config)
     assert "Left out: 1 tensors" in capsys.readouterr().out
     assert loading.weights_hash(loading.load_encoder(tmp_path / "own")) == direct
+
+
+def test_a_backbone_of_other_surroundings_is_converted_and_loaded(tmp_path, tiny, published):
+    """A file without a head, or with another: what needs none comes out as of the whole file."""
+    whole = loading.load_encoder(published, "tiny", representation="backbone")
+    headless = {k: v for k, v in tensors("backbone.").items() if ".fc." not in k}
+    path = save_torch(tmp_path / "own.pth", headless | {"backbone.fc.weight": np.zeros((9, 4))})
+    with pytest.raises(ValueError, match="fc.bias"):
+        loading.load_encoder(path, "tiny", prefix="backbone.")  # "paper" needs the head
+    direct = loading.load_encoder(path, "tiny", representation="backbone", prefix="backbone.")
+    config = convert_weights.Config(
+        "tiny", path, tmp_path / "out", prefix="backbone.", representation="backbone"
+    )
+    convert_weights.main(config)
+    restored = loading.load_encoder(tmp_path / "out", representation="features")
+    for encoder in (direct, restored):
+        np.testing.assert_allclose(encoder(IMAGES), whole(IMAGES), rtol=1e-6)
+    with pytest.raises(ValueError, match="'paper'.*Expected one of: backbone, features"):
+        loading.load_encoder(tmp_path / "out")
+    ur_jax.save_encoder(tmp_path / "again", restored)
+    again = loading.load_encoder(tmp_path / "again", representation="backbone")
+    np.testing.assert_array_equal(again(IMAGES), restored(IMAGES))
+
+
+def test_conversion_replaces_a_checkpoint_only_when_told_to(converted, published):
+    config = convert_weights.Config("tiny", published, converted)
+    with pytest.raises(ValueError, match="exists; .*--overwrite"):
+        convert_weights.main(config)
+    convert_weights.main(dataclasses.replace(config, overwrite=True))
+    assert loading.load_encoder(converted).name == "tiny"
 
 
 def test_conversion_records_its_source(published, converted):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference_rules
 
-from ur_jax.encoders import torch_files
+from ur_jax.encoders import mapping
 from ur_jax.encoders.networks import heads
 from ur_jax.encoders.networks.amdim import AMDIM
 from ur_jax.encoders.networks.layers import fold_batch_norm
@@ -39,7 +39,7 @@ def torch_tensors(tensors):
 
 def agree(spec, tensors, twin, output="backbone"):
     """Our network, unfolded and folded, against the twin in float64."""
-    variables = torch_files.map_tensors(tensors, spec).variables
+    variables = mapping.map_tensors(tensors, spec).variables
     images = reference_rules.images(*spec.input_size)
     inputs = torch_tensors({"x": images})["x"].permute(0, 3, 1, 2)
     expected = twin(torch_tensors(tensors), inputs).numpy()
@@ -186,7 +186,7 @@ def test_mocov3_loss_in_training_mode(golden):
         spec = tiny("mocov3", lambda folded: network, (64, 64), prefix=f"{encoder}.", ignored=())
         tensors = fill_shapes(_mocov3_shapes(encoder))
         tensors[f"{encoder}.pos_embed"] = reference["pos_embed"]
-        variables[encoder] = torch_files.map_tensors(tensors, spec).variables
+        variables[encoder] = mapping.map_tensors(tensors, spec).variables
     blend = lambda k, q: 0.99 * k + 0.01 * q
     momentum_params = jax.tree.map(
         blend, variables["momentum_encoder"]["params"], variables["base_encoder"]["params"]
@@ -351,7 +351,7 @@ def test_simclr_equals_a_torch_twin(selective):
 def test_simclr_variants_are_recognised_by_their_tensors(stages, factor, selective):
     shapes = simclr_shapes(stages, 64 * factor, selective) | {"fc.weight": (1000, 2048 * factor)}
     tensors = {key: np.broadcast_to(np.float32(1), shape) for key, shape in shapes.items()}
-    config = torch_files.map_tensors(tensors, ENCODERS["simclrv2"]).config
+    config = mapping.map_tensors(tensors, ENCODERS["simclrv2"]).config
     assert config == {"stage_sizes": stages, "width": 64 * factor, "selective": selective}
 
 
@@ -411,11 +411,11 @@ def test_amdim_is_configured_by_its_tensors_and_refuses_hidden_batch_norms():
     shapes = amdim_shapes(64, 512, 3)
     tensors = {key: np.broadcast_to(np.float32(1), shape) for key, shape in shapes.items()}
     contents = {"hyperparams": {"encoder_size": 128, "use_bn": False}}
-    published = torch_files.map_tensors(tensors, ENCODERS["amdim"], contents)
+    published = mapping.map_tensors(tensors, ENCODERS["amdim"], contents)
     assert published.config == {"width": 64, "dimension": 512, "depth": 3}
     contents["hyperparams"]["use_bn"] = True
     with pytest.raises(ValueError, match="Expected an AMDIM file with use_bn=False, got True"):
-        torch_files.map_tensors(tensors, ENCODERS["amdim"], contents)
+        mapping.map_tensors(tensors, ENCODERS["amdim"], contents)
 
 
 # Heads

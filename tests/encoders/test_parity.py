@@ -12,7 +12,7 @@ import pytest
 import reference_rules
 from published_files import LAYOUTS, VARIANTS
 
-from ur_jax.encoders import loading, torch_files
+from ur_jax.encoders import loading, mapping
 from ur_jax.encoders.networks.network import NetworkFn
 from ur_jax.encoders.zoo import ENCODERS
 
@@ -85,14 +85,14 @@ def _check(errors, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_golden_parity(layout, published, golden):
     spec, contents, tensors = published(layout)
-    mapped = torch_files.map_tensors(tensors, spec, contents)
+    mapped = mapping.map_tensors(tensors, spec, contents)
     _check(_parity_errors(spec, mapped, golden(f"{layout}.npz"), fold=True), layout)
 
 
 def test_parts_that_training_goes_on_from(published):
     """MoCo v3's file holds its predictor and momentum encoder; MoCo v2's holds neither."""
     spec, _, tensors = published("mocov3")
-    parts = torch_files.map_tensors(tensors, spec).parts
+    parts = mapping.map_tensors(tensors, spec).parts
     assert set(parts) == {"momentum", "predictor"}
     for ours, theirs in (
         (parts["predictor"]["params"]["layer1"]["dense"]["kernel"].T, "predictor.0.weight"),
@@ -102,12 +102,12 @@ def test_parts_that_training_goes_on_from(published):
     ):  # fmt: skip
         np.testing.assert_array_equal(ours, tensors[f"module.{theirs}"])
     spec, _, tensors = published("mocov2")
-    assert torch_files.map_tensors(tensors, spec).parts == {}
+    assert mapping.map_tensors(tensors, spec).parts == {}
 
 
 @pytest.mark.parametrize("layout", ["resnet50", "mocov2"])
 def test_golden_parity_with_batch_norm_apart(layout, published, golden):
     """BatchNorm unfolded meets the same tolerances, so that both forms agree."""
     spec, contents, tensors = published(layout)
-    mapped = torch_files.map_tensors(tensors, spec, contents)
+    mapped = mapping.map_tensors(tensors, spec, contents)
     _check(_parity_errors(spec, mapped, golden(f"{layout}.npz"), fold=False), layout)

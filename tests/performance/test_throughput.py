@@ -13,7 +13,7 @@ import reference_rules
 import tiny_encoder
 
 from ur_jax import performance
-from ur_jax.encoders import loading, torch_files
+from ur_jax.encoders import loading, mapping
 from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.performance import command as script
 from ur_jax.performance import suite, timing, work
@@ -40,7 +40,7 @@ def test_the_torch_twin_computes_the_same(name, monkeypatch):
     twin.network.load_state_dict({key: torch.from_numpy(t) for key, t in state.items()})
     if name == "resnet50":
         state |= {"fc.weight": np.zeros((1000, 2048), "f4"), "fc.bias": np.zeros(1000, "f4")}
-    published = torch_files.map_tensors(state, spec)
+    published = mapping.map_tensors(state, spec)
     ours = loading.make_encoder(spec, published.variables, published.config, "backbone")
     images = reference_rules.images(*spec.input_size)
     with torch.no_grad():

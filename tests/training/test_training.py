@@ -18,7 +18,7 @@ from flax import traverse_util
 
 from ur_jax import devices, training
 from ur_jax.attacks import AttackConfig, u_pgd
-from ur_jax.encoders import from_fn, torch_files
+from ur_jax.encoders import from_fn, mapping
 from ur_jax.encoders.networks import heads
 from ur_jax.encoders.networks.layers import Dense, DenseNorm, NormConfig
 from ur_jax.encoders.networks.network import Network, NetworkFn
@@ -72,7 +72,7 @@ def _variables(name: str):
     """Variables of encoder_q or encoder_k by the fill rule."""
     shapes = _resnet18_shapes()
     tensors = {key: reference_rules.fill(f"{name}.{key}", shape) for key, shape in shapes.items()}
-    return jax.tree.map(jnp.asarray, torch_files.map_tensors(tensors, SPEC).variables)
+    return jax.tree.map(jnp.asarray, mapping.map_tensors(tensors, SPEC).variables)
 
 
 def _close(actual, expected, share):
@@ -225,7 +225,7 @@ def _mocov3_variables(name, positions):
     for key, tensor in tensors.items():
         for rule in rules:
             if match := re.fullmatch(rule.source, key):
-                flat[match.expand(rule.destination)] = torch_files._arrange(tensor, rule.layout)
+                flat[match.expand(rule.destination)] = mapping._arrange(tensor, rule.layout)
     assert len(flat) == len(tensors)
     return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat, sep="/"))
 

@@ -5,20 +5,24 @@
 
 Every tensor of the file is either used or known by name to be unused; otherwise nothing is written
 and one error lists what is missing, unexpected or of another shape. The six adversarially
-fine-tuned files convert as `mocov2` and `mocov3`, whose layouts they have. For a file of your own
-with other prefixes, say what the encoder's keys start with: `--prefix backbone.`
+fine-tuned files convert as `mocov2` and `mocov3`, whose layouts they have.
+
+For a file of your own: `--prefix backbone.` if the encoder's keys start with that, `--group
+state_dict_ema` if it holds several sets of weights, `--representation backbone` if it has no head,
+or another one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ur_jax.encoders import checkpoints, torch_files
+from ur_jax.encoders import checkpoints, mapping, torch_files
 from ur_jax.encoders.loading import representation_dimensions
 from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import UserError, unknown_name
@@ -36,6 +40,12 @@ class Config:
     """The checkpoint directory to make."""
     prefix: str | None = None
     """What the encoder's keys start with, such as backbone., where not as published."""
+    group: str | None = None
+    """The entry of the file with the weights, such as state_dict_ema, where it has several."""
+    representation: Literal["all", "backbone"] = "all"
+    """backbone: convert no head, of a file that has none or one of another size."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace a checkpoint that is at --out already."""
     list: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print what is known about every encoder, and stop."""
 
@@ -55,24 +65,33 @@ def main(config: Config) -> None:
         Console().print(encoder_table())
         return
     spec = ENCODERS[config.encoder]
-    published = torch_files.load_published(config.source, spec, prefix=config.prefix)
+    if config.representation == "backbone":
+        spec = spec.without_head()
+    published = mapping.load_published(
+        config.source, spec, prefix=config.prefix, group=config.group
+    )
     metadata = {
         "encoder": spec.name,
         "config": published.config,
+        "head": config.representation == "all",
         "source": config.source.name,
         "source_sha256": torch_files.file_sha256(config.source),
     }
     training = {"training": published.parts} if published.parts else {}
-    checkpoints.save_encoder(config.out, published.variables | training, metadata)
+    checkpoints.save_encoder(
+        config.out, published.variables | training, metadata, overwrite=config.overwrite
+    )
     lines = [f"Wrote {config.out}: {spec.name} from {config.source.name}"]
     lines.append(f"SHA-256 of the source: {metadata['source_sha256']}")
     if published.parts:
         lines.append(f"With what training goes on from: {', '.join(published.parts)}")
     if published.left_out:
         lines.append(f"Left out: {len(published.left_out)} tensors outside {config.prefix!r}")
-    lines.append(
-        f"Next: ur-jax evaluate --preset quick --encoder {config.out} --images demo --out DIR"
-    )
+    if published.skipped:
+        lines.append(f"Skipped, as they are no tensors: {', '.join(published.skipped)}")
+    representation = "" if metadata["head"] else " --representation backbone"
+    flags = f"--preset quick --encoder {config.out}{representation} --images demo --out DIR"
+    lines.append(f"Next: ur-jax evaluate {flags}")
     Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -17,7 +17,11 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from ur_jax.encoders.base import Encoder, Origin
+import jax
+import jax.numpy as jnp
+
+from ur_jax.encoders import checkpoints, mapping
+from ur_jax.encoders.base import Encoder, Origin, check_finite
 from ur_jax.errors import UserError
 from ur_jax.registry import import_object
 
@@ -82,7 +86,7 @@ def make(
     wanted = {} if representation in DEFAULT_REPRESENTATIONS else {"representation": representation}
     if dtype != "float32":
         wanted["dtype"] = dtype
-    encoder = _called(function, place, {**arguments, **wanted}, wanted)
+    encoder = _called(function, place, arguments, wanted)
     if not isinstance(encoder, Encoder):
         raise UserError(
             f"Expected {place} to return an Encoder, got {type(encoder).__name__}; return "
@@ -98,21 +102,26 @@ def make(
     return encoder.replace(origin=Origin(lasting(place), dict(arguments)))
 
 
-def _called(function: Callable, place: str, given: Mapping[str, Any], wanted: Mapping) -> Any:
-    """What the function returns; refuses arguments that it does not take."""
+def _called(
+    function: Callable, place: str, arguments: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> Any:
+    """What the function returns; refuses arguments that it does not take.
+
+    What is `wanted` is passed on if it takes it.
+    """
     try:
         takes = inspect.signature(function).parameters.values()
     except ValueError:  # of C
-        return function(**given)
+        return function(**arguments, **wanted)
     names = [p.name for p in takes if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    given = {**arguments, **wanted}
     if not any(p.kind == p.VAR_KEYWORD for p in takes):
-        for name, value in given.items():
-            if name not in names:
-                what = f"{name} {value!r}" if name in wanted else f"an argument {name!r}"
-                raise UserError(
-                    f"{place} makes no encoder of {what}: it takes "
-                    f"{', '.join(names) or 'no arguments'}."
-                )
+        given = {k: v for k, v in given.items() if k in names}
+        if unknown := [name for name in arguments if name not in names]:
+            raise UserError(
+                f"{place} takes no argument {unknown[0]!r}, but "
+                f"{', '.join(names) or 'no arguments at all'}."
+            )
     needed = [p.name for p in takes if p.default is p.empty and p.name in names]
     if missing := [name for name in needed if name not in given]:
         raise UserError(
@@ -130,7 +139,7 @@ def lasting(place: str) -> str:
     return f"{os.path.abspath(os.path.expanduser(module))}:{name}"
 
 
-def remake(
+def _remake(
     origin: Origin, representation: str, dtype: str, checkpoint: str | os.PathLike
 ) -> Encoder:
     """Makes the encoder that a checkpoint's weights belong to.
@@ -170,3 +179,52 @@ def _knows_us(module: ModuleType | None) -> bool:
     values = vars(module).values() if module else ()
     names = (getattr(v, "__module__", None) or getattr(v, "__name__", "") for v in values)
     return any(str(name).partition(".")[0] == "ur_jax" for name in names)
+
+
+def save(
+    path: str | os.PathLike, encoder: Encoder, origin: Origin, *, overwrite: bool = False
+) -> None:
+    """Writes an own encoder as a checkpoint directory, see `loading.save_encoder`."""
+    leaves = jax.tree_util.tree_leaves_with_path(encoder.params)
+    names = [jax.tree_util.keystr(where, simple=True, separator="/") for where, _ in leaves]
+    own = {
+        "factory": origin.place,
+        "arguments": dict(origin.arguments),
+        "leaves": names,
+        **{field: getattr(encoder, field) for field in _KEPT},
+    }
+    checkpoints.save_encoder(
+        path,
+        {f"leaf{number:05d}": leaf for number, (_, leaf) in enumerate(leaves)},
+        {"encoder": encoder.name, "config": {}, "own": own},
+        overwrite=overwrite,
+    )
+
+
+_KEPT = ("name", "input_size", "preparation", "mean", "std", "representation", "dtype")
+"""What a checkpoint of an own encoder keeps beside its weights."""
+
+
+def restore(path: str, representation: str, dtype: str, factory: str | None) -> Encoder:
+    """The own encoder whose weights a checkpoint has, see `loading.load_encoder`."""
+    stored, metadata = checkpoints.restore_encoder(path)
+    own = metadata["own"]
+    if representation in DEFAULT_REPRESENTATIONS:
+        representation = own["representation"]
+    if factory is None:
+        made = _remake(Origin(own["factory"], own["arguments"]), representation, dtype, path)
+    else:
+        place, arguments = split_arguments(factory)
+        made = make(place, arguments or own["arguments"], representation, dtype)
+    places, structure = jax.tree_util.tree_flatten_with_path(made.params)
+    expected = {
+        jax.tree_util.keystr(where, simple=True, separator="/"): leaf for where, leaf in places
+    }
+    have = dict(zip(own["leaves"], (stored[key] for key in sorted(stored)), strict=True))
+    mapping.check_arrays(have, expected, f"{path} does not fit what {made.origin.place} makes")
+    leaves = [jnp.asarray(have[name], leaf.dtype) for name, leaf in expected.items()]
+    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items() if k in _KEPT}
+    kept |= {"representation": made.representation, "dtype": made.dtype}
+    encoder = made.replace(params=structure.unflatten(leaves), **kept)
+    check_finite(encoder.params, encoder.name)
+    return encoder

@@ -5,6 +5,7 @@ What `load_encoder` takes is what every command takes as `--encoder`.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ur_jax.encoders import checkpoints, factories, torch_files
-from ur_jax.encoders.base import Encoder, Origin, check_finite, from_fn
+from ur_jax.encoders import checkpoints, factories, mapping
+from ur_jax.encoders.base import Encoder, Origin, from_fn
 from ur_jax.encoders.identity import described as described
 from ur_jax.encoders.networks.layers import fold_batch_norm
 from ur_jax.encoders.networks.network import NetworkFn
@@ -41,6 +42,7 @@ def load_encoder(
     *,
     fold: bool = True,
     prefix: str | None = None,
+    group: str | None = None,
     factory: str | None = None,
 ) -> Encoder:
     """Loads an encoder with its weights.
@@ -56,6 +58,7 @@ def load_encoder(
       dtype: compute dtype, "float32" or "bfloat16".
       fold: fold BatchNorm into the convolutions, which is faster and equal but for rounding.
       prefix: for a file whose keys start otherwise than the published ones, e.g. "backbone.".
+      group: the entry of a file that holds the weights, where it has several.
       factory: for a checkpoint of an own encoder, the function that makes it, where it is no longer
         where it was when the checkpoint was saved.
 
@@ -74,11 +77,11 @@ def load_encoder(
             raise UserError(f"Expected no name with the function {location}, got {name!r}.")
         return factories.make(*factories.split_arguments(location), representation, dtype)
     location = _located(location)
-    if _is_directory(location) and "own" in (metadata := checkpoints.read_metadata(location)):
-        return _restore_own(location, metadata, representation, dtype, factory)
+    if _is_directory(location) and "own" in checkpoints.read_metadata(location):
+        return factories.restore(location, representation, dtype, factory)
     if factory is not None:
         raise UserError(f"Expected a checkpoint of an own encoder with factory, got {path}.")
-    variables, spec, config, _, folded = _load(location, name, prefix)
+    variables, spec, config, _, folded = _load(location, name, prefix, group, representation)
     if fold and not folded:
         variables = fold_batch_norm(variables)
     return _encoder(spec, _to_device(variables), config, representation, dtype, fold or folded)
@@ -90,6 +93,7 @@ def save_encoder(
     *,
     factory: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes an encoder as a checkpoint directory, for `load_encoder`.
 
@@ -97,12 +101,13 @@ def save_encoder(
     one's own the place of its factory, which must be there when it is loaded.
 
     Args:
-      path: the directory to make; it must not exist.
+      path: the directory to make.
       encoder: the encoder.
       factory: "package.module:make" or "file.py:make", a function that makes an encoder with the
         same parameters; by default the one that `load_encoder` made it with. Without either it can
         only be loaded with `load_encoder(path, factory=...)`.
       arguments: keyword arguments of the factory, JSON values.
+      overwrite: replace a checkpoint that is there already.
 
     Raises:
       UserError: if something is at `path` already, or for a factory that is no place.
@@ -119,54 +124,9 @@ def save_encoder(
         raise UserError(f"Expected arguments only with a factory, got {arguments!r}.")
     if origin.place in ENCODERS:
         kept = {"encoder": origin.place, **origin.arguments}
-        checkpoints.save_encoder(path, encoder.params, kept)
+        checkpoints.save_encoder(path, encoder.params, kept, overwrite=overwrite)
         return
-    leaves = jax.tree_util.tree_leaves_with_path(encoder.params)
-    names = [jax.tree_util.keystr(where, simple=True, separator="/") for where, _ in leaves]
-    own = {
-        "factory": origin.place,
-        "arguments": dict(origin.arguments),
-        "leaves": names,
-        **{field: getattr(encoder, field) for field in _KEPT},
-    }
-    checkpoints.save_encoder(
-        path,
-        {f"leaf{number:05d}": leaf for number, (_, leaf) in enumerate(leaves)},
-        {"encoder": encoder.name, "config": {}, "own": own},
-    )
-
-
-_KEPT = ("name", "input_size", "preparation", "mean", "std", "representation", "dtype")
-"""What a checkpoint of an own encoder keeps beside its weights."""
-
-
-def _restore_own(
-    path: str, metadata: Mapping[str, Any], representation: str, dtype: str, factory: str | None
-) -> Encoder:
-    """The encoder of one's own whose weights a checkpoint has."""
-    own = metadata["own"]
-    if representation in factories.DEFAULT_REPRESENTATIONS:
-        representation = own["representation"]
-    if factory is None:
-        made = factories.remake(
-            Origin(own["factory"], own["arguments"]), representation, dtype, path
-        )
-    else:
-        place, arguments = factories.split_arguments(factory)
-        made = factories.make(place, arguments or own["arguments"], representation, dtype)
-    stored, _ = checkpoints.restore_encoder(path)
-    places, structure = jax.tree_util.tree_flatten_with_path(made.params)
-    expected = {
-        jax.tree_util.keystr(where, simple=True, separator="/"): leaf for where, leaf in places
-    }
-    have = dict(zip(own["leaves"], (stored[key] for key in sorted(stored)), strict=True))
-    torch_files.check_arrays(have, expected, f"{path} does not fit what {made.origin.place} makes")
-    leaves = [jnp.asarray(have[name], leaf.dtype) for name, leaf in expected.items()]
-    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items() if k in _KEPT}
-    kept |= {"representation": made.representation, "dtype": made.dtype}
-    encoder = made.replace(params=structure.unflatten(leaves), **kept)
-    check_finite(encoder.params, encoder.name)
-    return encoder
+    factories.save(path, encoder, origin, overwrite=overwrite)
 
 
 class Loaded(NamedTuple):
@@ -188,12 +148,16 @@ class Loaded(NamedTuple):
 
 
 def load_variables(
-    path: str | os.PathLike, name: str | None = None, *, prefix: str | None = None
+    path: str | os.PathLike,
+    name: str | None = None,
+    *,
+    prefix: str | None = None,
+    group: str | None = None,
 ) -> Loaded:
     """Loads an encoder's variables, for training to go on from.
 
     Args:
-      path, name, prefix: as in `load_encoder`.
+      path, name, prefix, group: as in `load_encoder`.
 
     Raises:
       As `load_encoder`.
@@ -203,7 +167,7 @@ def load_variables(
             f"Expected a published encoder or one trained here, got one of your own, {path}, whose "
             "parameters are known to its own function only."
         )
-    loaded = _load(_located(os.fspath(path)), name, prefix)
+    loaded = _load(_located(os.fspath(path)), name, prefix, group)
     if loaded.folded:
         raise UserError(
             f"The checkpoint {path} has its BatchNorm folded into the convolutions, which training "
@@ -242,13 +206,21 @@ def _is_directory(location: str) -> bool:
     return "://" in location or os.path.isdir(location)
 
 
-def _load(location: str, name: str | None, prefix: str | None) -> Loaded:
-    """The variables in a checkpoint directory or a published file."""
+def _load(
+    location: str,
+    name: str | None,
+    prefix: str | None,
+    group: str | None,
+    representation: str | None = None,
+) -> Loaded:
+    """The variables in a checkpoint directory or a published file; those of one representation."""
     if name is not None and name not in ENCODERS:
         raise unknown_name("encoder", name, ENCODERS)
     if _is_directory(location):
         if prefix is not None:
             raise UserError(f"Expected no prefix for a checkpoint directory, got {prefix!r}.")
+        if group is not None:
+            raise UserError(f"Expected no group for a checkpoint directory, got {group!r}.")
         return _restore(location, name)
     if os.path.exists(location):
         if location.endswith(".py"):
@@ -260,10 +232,30 @@ def _load(location: str, name: str | None, prefix: str | None) -> Loaded:
             raise UserError(
                 f"Expected the encoder's name with the file {location}; one of: {valid}."
             )
-        spec = ENCODERS[name]
-        variables, config, _, parts = torch_files.load_published(location, spec, prefix=prefix)
-        return Loaded(variables, spec, config, parts)
+        return _load_file(location, ENCODERS[name], prefix, group, representation)
     raise NotFoundError(_nothing_at(location))
+
+
+def _load_file(
+    location: str,
+    spec: EncoderSpec,
+    prefix: str | None,
+    group: str | None,
+    representation: str | None,
+) -> Loaded:
+    """The variables in a published file; where only the backbone is needed, it may have no head."""
+    load = functools.partial(mapping.load_published, location, prefix=prefix, group=group)
+    try:
+        published = load(spec)
+    except UserError as error:
+        if representation is None or _output(spec, representation) != "backbone":
+            raise
+        spec = spec.without_head()
+        try:
+            published = load(spec)
+        except UserError:
+            raise error from None  # of the whole file: it says more
+    return Loaded(published.variables, spec, published.config, published.parts)
 
 
 def make_encoder(
@@ -311,10 +303,9 @@ def abstract_encoder(name: str, representation: str = "paper", dtype: str = "flo
         shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
         return encoder.replace(params=jax.tree.map(shape, encoder.params))
     spec = ENCODERS[name]
-    output = {"paper": spec.paper, "features": spec.features}.get(representation, representation)
-    dimensions = representation_dimensions(spec)
+    output, dimensions = _output(spec, representation), representation_dimensions(spec)
     if output not in dimensions:
-        raise unknown_name("representation", representation, ("paper", "features", *dimensions))
+        raise unknown_name("representation", representation, (*_NAMED, *dimensions))
     network = spec.network(folded=True)
     image = jax.ShapeDtypeStruct((1, *spec.input_size, 3), jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), image)
@@ -352,10 +343,11 @@ def weights_hash(encoder: Encoder) -> str:
 
 def _encoder(spec, variables, config, representation, dtype, fold) -> Encoder:
     """The encoder of variables that are folded already, if `fold`."""
-    output = {"paper": spec.paper, "features": spec.features}.get(representation, representation)
+    output = _output(spec, representation)
     dimensions = representation_dimensions(spec, config)
     if output not in dimensions:
-        raise unknown_name("representation", representation, ("paper", "features", *dimensions))
+        named = [name for name in _NAMED if _output(spec, name) in dimensions]
+        raise unknown_name("representation", representation, (*named, *dimensions))
     encoder = from_fn(
         NetworkFn(spec.network(folded=fold, **config or {}), output),
         variables,
@@ -367,8 +359,17 @@ def _encoder(spec, variables, config, representation, dtype, fold) -> Encoder:
         representation=representation,
         dtype=dtype,
     )
-    kept = {"config": dict(config or {}), "folded": fold}
+    kept = {"config": dict(config or {}), "folded": fold, "head": spec.has_head}
     return encoder.replace(origin=Origin(spec.name, kept))
+
+
+_NAMED = ("paper", "features")
+"""Representations that stand for an output of each network."""
+
+
+def _output(spec: EncoderSpec, representation: str) -> str:
+    """The output of a network that a representation names."""
+    return getattr(spec, representation) if representation in _NAMED else representation
 
 
 def _to_device(tree: dict[str, Any]) -> dict[str, Any]:
@@ -389,7 +390,9 @@ def _restore(path: str, name: str | None) -> Loaded:
     # JSON has no tuples, and the network must stay hashable.
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["config"].items()}
     spec, folded = ENCODERS[stored], metadata.get("folded", False)
-    torch_files.check_variables(variables, spec, config, path, folded=folded)
+    if not metadata.get("head", True):
+        spec = spec.without_head()
+    mapping.check_variables(variables, spec, config, path, folded=folded)
     return Loaded(variables, spec, config, parts, folded)
 
 

@@ -1,35 +1,22 @@
-"""Published PyTorch files, read without running anything in them and mapped without a remainder.
-
-A file either gives every variable of its network, from tensors that are all accounted for, or one
-error that lists what is missing, what is unexpected and what has another shape.
-"""
+"""Weights files of PyTorch, read without running anything in them. Alone knows torch's formats."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
+import codecs
+import collections
+import datetime
 import hashlib
 import os
+import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from ur_jax.encoders.zoo.spec import EncoderSpec, Rule
 from ur_jax.errors import MissingPackageError, NotFoundError, UserError
-from ur_jax.types import PyTree
-
-_LISTED = 10
-_AXES = {"same": None, "dense": (1, 0), "conv": (2, 3, 1, 0)}
-_CHECK = " Expected exactly the encoder's tensors; check its name and the file."
-_COUNTERS = r".*\.num_batches_tracked"
 
 
 def _plain_dict(*default_factory) -> dict:
@@ -38,73 +25,74 @@ def _plain_dict(*default_factory) -> dict:
 
 
 # What training scripts keep beside the tensors. Each only stores what it is given.
+_DTYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64", "complex128", "str", "bytes", "object"),
+    *("datetime64[s]", "timedelta64[s]"),
+)
 _HARMLESS = (
     argparse.Namespace,
     (_plain_dict, "collections.defaultdict"),
-    dict,
-    list,
-    int,
-    float,
+    collections.Counter,
+    collections.deque,
+    *(dict, list, tuple, set, int, float, complex, str, bytes, bytearray, slice),
+    *(datetime.datetime, datetime.date, datetime.timedelta),
+    # A path of the other system, or of another Python, is only a text with slashes.
+    *(
+        (kind, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for name, kind in (
+            ("PosixPath", pathlib.PurePosixPath),
+            ("WindowsPath", pathlib.PureWindowsPath),
+            ("PurePosixPath", pathlib.PurePosixPath),
+            ("PureWindowsPath", pathlib.PureWindowsPath),
+        )
+    ),
     np.dtype,
-    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
-    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    np.ndarray,
+    *(type(np.dtype(kind)) for kind in _DTYPES),
+    *(
+        (function, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name, function in (
+            ("scalar", np.float64(0).__reduce__()[0]),
+            ("_reconstruct", np.zeros(1).__reduce__()[0]),
+        )
+    ),
+    (codecs.encode, "_codecs.encode"),  # how bytes are written for Python 2
 )
 
 
-class Published(NamedTuple):
-    """A published file as variables of a network.
+class Read(NamedTuple):
+    """What a weights file holds.
 
     Attributes:
-      variables: {"params"[, "batch_stats"]} of NumPy arrays.
-      config: keyword arguments of the network that the file decided.
-      left_out: keys outside the prefix that the caller gave; empty without one.
-      parts: {name: variables} of what else training keeps, see `EncoderSpec.parts`; those that the
-        file holds.
+      contents: the file, as it is.
+      tensors: {key: array} of the group that was asked for.
+      skipped: names of the entries of that group that are no arrays of numbers.
     """
 
-    variables: PyTree
-    config: dict[str, Any]
-    left_out: tuple[str, ...]
-    parts: dict[str, PyTree]
-
-
-def load_published(
-    path: str | os.PathLike, spec: EncoderSpec, *, prefix: str | None = None
-) -> Published:
-    """Reads a published file as the variables of its network, BatchNorm unfolded.
-
-    Args:
-      path: a file written by torch.save (needs PyTorch), or `.safetensors` (does not).
-      spec: which encoder the file holds.
-      prefix: what the encoder's keys start with, such as "backbone.", for a file that does not
-        have the published prefix; tensors outside it are left out.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ImportError: if the file needs PyTorch and it is not installed.
-      ValueError: for a damaged file, one whose pickle asks for more than data, or one whose
-        tensors are not exactly the encoder's.
-    """
-    contents, tensors = read_tensors(path, spec.groups)
-    return map_tensors(tensors, spec, contents, prefix=prefix, file=Path(path).name)
+    contents: Any
+    tensors: dict[str, np.ndarray]
+    skipped: tuple[str, ...]
 
 
 def read_tensors(
-    path: str | os.PathLike, groups: tuple[str, ...] = ("state_dict",)
-) -> tuple[Mapping[str, Any], dict[str, np.ndarray]]:
+    path: str | os.PathLike, groups: tuple[str, ...] = ("state_dict",), *, choose: bool = False
+) -> Read:
     """Reads the tensors of a file, with no copy of those that NumPy has a dtype for.
 
     Args:
       path: a file written by torch.save, or `.safetensors`.
-      groups: the entries that hold the tensors. In a file without them, the tensors at its top
-        level, or else in its only entry of nothing but tensors.
-
-    Returns:
-      (contents of the file, {key: array}).
+      groups: the entries that hold the tensors, with dots for those inside others. In a file
+        without them, the only entry that holds any, or the top level.
+      choose: no other entry will do.
 
     Raises:
-      As `load_published`.
+      FileNotFoundError: if there is no such file.
+      ImportError: if the file needs PyTorch and it is not installed.
+      UserError: for a damaged file, one whose pickle asks for more than data, or one with several
+        entries that hold tensors, or none.
     """
     path = Path(path)
     if path.is_dir():
@@ -116,172 +104,14 @@ def read_tensors(
     else:
         contents = _read_torch(path)
     tensors: dict[str, np.ndarray] = {}
-    for group in _tensor_groups(contents, groups, path):
-        tensors |= {key: _as_numpy(tensor) for key, tensor in group.items()}
-    return contents, tensors
-
-
-def map_tensors(
-    tensors: Mapping[str, np.ndarray],
-    spec: EncoderSpec,
-    contents: Mapping[str, Any] | None = None,
-    *,
-    prefix: str | None = None,
-    file: str = "The file",
-) -> Published:
-    """Arranges the tensors of a published layout as the variables of its network.
-
-    Args:
-      tensors: {key: array} in the published layout.
-      spec: the encoder, with its rules.
-      contents: what else the file holds, for `spec.config_fn`.
-      prefix: what the encoder's keys start with, instead of `spec.prefix`.
-      file: what errors call the file.
-
-    Raises:
-      ValueError: listing every missing, unexpected and mis-shaped key.
-    """
-    published = _map_tensors(
-        tensors, spec, contents, prefix, file, functools.partial(variable_shapes, spec)
-    )
-    parts = {} if prefix is not None else _map_parts(tensors, spec, file)
-    return published._replace(parts=parts)
-
-
-def _map_parts(tensors, spec: EncoderSpec, file: str) -> dict[str, PyTree]:
-    """What training keeps beside the encoder, each part whole or absent."""
-    parts = {}
-    for part in spec.parts:
-        own = {key: tensor for key, tensor in tensors.items() if key.startswith(part.prefix)}
-        if own:
-            rules = dataclasses.replace(
-                spec, rules=part.rules, prefix=part.prefix, ignored=(), config_fn=lambda *_: {}
-            )
-            shapes = _shapes(part.module(), part.input_size or (*spec.input_size, 3))
-            mapped = _map_tensors(own, rules, {}, None, file, lambda _, shapes=shapes: shapes)
-            parts[part.name] = mapped.variables
-    return parts
-
-
-def _map_tensors(tensors, spec: EncoderSpec, contents, prefix, file, shapes_fn) -> Published:
-    """`map_tensors` of one module, whose variables are `shapes_fn(config)`."""
-    if prefix is None:
-        used, left_out = spec.prefix, ()
-        names = {key: key for key in tensors}
-    else:
-        used = prefix and prefix.rstrip(".") + "."
-        left_out = tuple(key for key in tensors if not key.startswith(used))
-        # From here on, keys are as published: `names` leads back to those in the file.
-        names = {spec.prefix + k.removeprefix(used): k for k in tensors if k.startswith(used)}
-    matches = {key: found for key in names if (found := _matches(key, spec))}
-    if not matches:
-        have = ", ".join(list(tensors)[:3]) or "no tensors at all"
-        hint = _prefix_hint(tensors, spec, used, 0)
-        raise UserError(
-            f"{file} holds no tensor of encoder {spec.name!r}; it has {have}.{hint or _CHECK}"
-        )
-
-    config = spec.config_fn(contents or {}, {key: tensors[names[key]].shape for key in names})
-    expected = shapes_fn(config)
-    # Where one key has several rules, the one that this configuration has a place for.
-    targets = {
-        key: (rule, path)
-        for key, found in matches.items()
-        for rule, path in reversed(found)
-        if path in expected
-    }
-    arrays, unexpected, misshaped = {}, [], []
-    for key, name in names.items():
-        array = tensors[name]
-        if key in targets:
-            rule, path = targets[key]
-            problem = _misshaped(array, rule.layout, expected[path].shape)
-            if problem:
-                misshaped.append(f"{name} {problem}")
+    skipped = []
+    for group in _chosen(contents, groups, path, choose):
+        for key, value in group.items():
+            if isinstance(key, str) and _is_tensor(value):
+                tensors[key] = _as_numpy(value, key, path)
             else:
-                assert path not in arrays, f"two tensors for {path}"
-                arrays[path] = _arrange(array, rule.layout)
-        elif not _ignored(key, spec):
-            unexpected.append(f"{name} {array.shape}")
-    present = {path for _, path in targets.values()}
-    missing = [
-        f"{_source_key(path, spec, used)}for {path} {expected[path].shape}"
-        for path in expected
-        if path not in present
-    ]
-    if missing or unexpected or misshaped:
-        hint = _prefix_hint(tensors, spec, used, len(matches))
-        problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
-        raise _layout_error(f"{file} is not the published layout of {spec.name!r}", problems, hint)
-    return Published(traverse_util.unflatten_dict(arrays, sep="/"), config, left_out, {})
-
-
-def variable_shapes(
-    spec: EncoderSpec, config: Mapping[str, Any], *, folded: bool = False
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns {"/"-separated path: shape and dtype} of the network's variables."""
-    return _shapes(spec.network(folded=folded, **config), (*spec.input_size, 3))
-
-
-def _shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """{"/"-separated path: shape and dtype} of a module's variables."""
-    inputs = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    variables = jax.eval_shape(module.init, jax.random.key(0), inputs)
-    return traverse_util.flatten_dict(variables, sep="/")
-
-
-def check_variables(
-    variables: PyTree,
-    spec: EncoderSpec,
-    config: Mapping[str, Any],
-    file: str,
-    *,
-    folded: bool = False,
-) -> None:
-    """Raises ValueError unless `variables` are exactly those of the encoder's network.
-
-    Args:
-      variables: {"params"[, "batch_stats"]} as a checkpoint has them.
-      spec: the encoder.
-      config: keyword arguments of its network.
-      file: what the error calls the checkpoint.
-      folded: whether its BatchNorms are folded.
-    """
-    have = traverse_util.flatten_dict(variables, sep="/")
-    expected = variable_shapes(spec, config, folded=folded)
-    check_arrays(have, expected, f"{file} does not fit the network of {spec.name!r}")
-
-
-def check_arrays(have: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """Raises UserError unless two {name: array or shape} have the same names and shapes.
-
-    Args:
-      have: what there is.
-      expected: what is needed.
-      what: begins the message, which lists what is missing, unexpected or mis-shaped.
-    """
-    problems = {
-        "missing": [f"{k} {expected[k].shape}" for k in expected if k not in have],
-        "unexpected": [f"{k} {have[k].shape}" for k in have if k not in expected],
-        "mis-shaped": [
-            f"{k} is {have[k].shape}, expected {expected[k].shape}"
-            for k in have
-            if k in expected and have[k].shape != expected[k].shape
-        ],
-    }
-    if any(problems.values()):
-        raise _layout_error(what, problems)
-
-
-def _layout_error(what: str, problems: Mapping[str, list[str]], hint: str = "") -> UserError:
-    """Returns the one error for all missing, unexpected and mis-shaped tensors."""
-    counts = ", ".join(f"{len(keys)} {kind}" for kind, keys in problems.items())
-    lines = []
-    for kind, keys in problems.items():
-        lines += [f"  {kind}: {key}" for key in keys[:_LISTED]]
-        if len(keys) > _LISTED:
-            lines.append(f"  {kind}: and {len(keys) - _LISTED} more")
-    return UserError("\n".join([f"{what}: {counts}.", *lines, (hint or _CHECK).strip()]))
+                skipped.append(str(key))
+    return Read(contents, tensors, tuple(skipped))
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -297,18 +127,18 @@ def _read_torch(path: Path) -> Any:
     except ImportError as error:
         raise MissingPackageError(
             f"Reading {path.name} needs PyTorch: pip install 'ur_jax[torch]'. "
-            "Or convert it elsewhere, to .safetensors or with experiments/convert_weights.py."
+            "Or convert it elsewhere, to .safetensors or with ur-jax convert-weights."
         ) from error
 
     try:
         with torch.serialization.safe_globals(list(_HARMLESS)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common class for what a bad file can raise
-        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+        if asked := re.search(r"GLOBAL (\S+)|but got <class '(\S+)'>", str(error)):
             raise UserError(
-                f"Refused to read {path}: its pickle asks for {asked[1]}, which is no plain data "
-                "and could run code. Nothing was run. Expected tensors and plain containers; save "
-                "the model's state_dict() alone."
+                f"Refused to read {path}: its pickle asks for {asked[1] or asked[2]}, which is no "
+                "plain data and could run code. Nothing was run. Expected tensors and plain "
+                "containers; save the model's state_dict() alone."
             ) from None
         raise UserError(
             f"Expected {path} to be a PyTorch checkpoint or .safetensors, but it cannot be read: "
@@ -330,17 +160,32 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _tensor_groups(contents: Any, groups: tuple[str, ...], path: Path) -> list[Mapping[str, Any]]:
-    """The dicts of tensors in a file: those expected, or else the only ones there are."""
-    is_group = lambda x: isinstance(x, Mapping) and x and all(map(_is_tensor, x.values()))
-    if is_group(contents):
-        return [contents]
+def _chosen(
+    contents: Any, groups: tuple[str, ...], path: Path, choose: bool
+) -> list[Mapping[str, Any]]:
+    """The dicts of tensors in a file: those asked for, or else the only ones there are."""
+    found = dict(_groups(contents))
+    if groups and all(name in found for name in groups):
+        return [found[name] for name in groups]
+    count = {name: sum(map(_is_tensor, group.values())) for name, group in found.items()}
+    shown = ", ".join(f"{name!r} ({n} tensors)" for name, n in count.items() if name)
+    if choose:
+        raise UserError(
+            f"Expected {path} to hold tensors in {groups[0]!r}, but it has "
+            f"{shown or 'them at its top level' if found else 'none'}."
+        )
+    inner = [name for name in found if name]
+    top = count.get("", 0)  # beside groups of weights it has a state of random numbers, or so
+    if found and top > max((count[name] for name in inner), default=0):
+        return [found[""]]
+    if len(inner) == 1:
+        return [found[inner[0]]]
+    if inner:
+        raise UserError(
+            f"Expected {path} to hold its tensors in one place, but it has several: {shown}. Pick "
+            f"one by group={inner[0]!r}, or by --group {inner[0]} of ur-jax convert-weights."
+        )
     entries = contents if isinstance(contents, Mapping) else {}
-    if groups and all(is_group(entries.get(group)) for group in groups):
-        return [entries[group] for group in groups]
-    found = [name for name, entry in entries.items() if is_group(entry)]
-    if len(found) == 1:
-        return [entries[found[0]]]
     kind = f"a dict with {', '.join(map(str, entries))}" if entries else type(contents).__name__
     raise UserError(
         f"Expected {path} to hold its tensors {f'in {groups}' if groups else 'at its top level'}, "
@@ -348,89 +193,42 @@ def _tensor_groups(contents: Any, groups: tuple[str, ...], path: Path) -> list[M
     )
 
 
+def _groups(contents: Any, name: str = "", depth: int = 3) -> Iterator[tuple[str, Mapping]]:
+    """Yields (dotted name, dict) of the dicts in a file that hold weights themselves."""
+    if not isinstance(contents, Mapping) or not depth:
+        return
+    if any(isinstance(key, str) and _is_weight(value) for key, value in contents.items()):
+        yield name, contents
+    for key, value in contents.items():
+        if isinstance(key, str):
+            yield from _groups(value, f"{name}.{key}" if name else key, depth - 1)
+
+
 def _is_tensor(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
+    """Whether it is a tensor or array, of numbers; a bare number is none."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biufc"
+    return hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "detach")
 
 
-def _as_numpy(tensor: Any) -> np.ndarray:
+def _is_weight(value: Any) -> bool:
+    """Whether it is a tensor of floating-point numbers: a state of random numbers is none."""
+    return _is_tensor(value) and "float" in str(value.dtype)
+
+
+def _as_numpy(tensor: Any, key: str, path: Path) -> np.ndarray:
     """A tensor as a NumPy array that shares its memory, where NumPy has the dtype."""
     if isinstance(tensor, np.ndarray):
         return tensor
     tensor = tensor.detach()
-    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
-
-
-def _matches(key: str, spec: EncoderSpec) -> list[tuple[Rule, str]]:
-    """The rules for a key, each with the destination it gives."""
-    if not key.startswith(spec.prefix) or _ignored(key, spec):
-        return []
-    rest = key.removeprefix(spec.prefix)
-    matches = ((rule, re.fullmatch(rule.source, rest)) for rule in spec.rules)
-    return [(rule, match.expand(rule.destination)) for rule, match in matches if match]
-
-
-def _ignored(key: str, spec: EncoderSpec) -> bool:
-    """Whether a key is known by name not to be used."""
-    return any(re.fullmatch(pattern, key) for pattern in (_COUNTERS, *spec.ignored))
-
-
-def _arrange(array: np.ndarray, layout) -> np.ndarray:
-    """The array in our layout, as a view where it can be one."""
-    if callable(layout):
-        array = layout(array)
-    elif _AXES[layout] is not None:
-        array = array.transpose(_AXES[layout])
-    return array.astype(np.float32, copy=False)
-
-
-def _misshaped(array: np.ndarray, layout, expected: tuple[int, ...]) -> str | None:
-    """What is wrong with the shape or dtype of a source tensor, if anything."""
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return f"is {array.dtype}, expected floating point"
-    if not callable(layout):
-        axes = _AXES[layout]
-        source = expected if axes is None else tuple(expected[i] for i in np.argsort(axes))
-        return None if array.shape == source else f"is {array.shape}, expected {source}"
+    narrow = "bfloat16" in str(tensor.dtype) or "float8" in str(tensor.dtype)
     try:
-        shape = layout(np.broadcast_to(np.float32(0), array.shape)).shape
-    except (ValueError, IndexError):
-        shape = "nothing that fits"
-    return None if shape == expected else f"is {array.shape}, becomes {shape}, expected {expected}"
-
-
-def _source_key(destination: str, spec: EncoderSpec, prefix: str) -> str:
-    """The key that would fill a destination, found by reading its rule backwards, and a space."""
-    for rule in spec.rules:
-        pattern = "(.+)".join(map(re.escape, re.split(r"\\\d", rule.destination)))
-        if match := re.fullmatch(pattern, destination):
-            key = rule.source
-            for group in match.groups():
-                key = re.sub(r"\([^()]*\)", lambda _, group=group: group, key, count=1)
-            key = re.sub(r"\([^()]*\)", "", key).replace("\\", "")
-            forth = re.fullmatch(rule.source, key)
-            if forth and forth.expand(rule.destination) == destination:
-                return f"{prefix}{key} "
-    return ""
-
-
-def _prefix_hint(tensors, spec: EncoderSpec, used: str, num_matches: int) -> str:
-    """Suggests the prefix under which most keys are the encoder's, if it is not the one used."""
-    prefixes = {key[: dot.end()]: None for key in tensors for dot in re.finditer(r"^|\.", key)}
-    counts = {
-        prefix: sum(
-            bool(_matches(spec.prefix + key.removeprefix(prefix), spec))
-            for key in tensors
-            if key.startswith(prefix)
-        )
-        for prefix in prefixes
-    }
-    best = max(counts, key=counts.get, default=used)
-    if best == used or counts.get(best, 0) <= num_matches:
-        return ""
-    return (
-        f" {counts[best]} of its keys fit below the prefix {best!r} (read with {used!r}): "
-        f"pass prefix={best!r}, or --prefix {best or repr('')} to experiments/convert_weights.py."
-    )
+        return (tensor.float() if narrow else tensor).numpy()
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"Expected plain dense tensors in {path}, but {key} is {tensor.dtype}, "
+            f"{tensor.layout} ({_first_line(error)}); save it dense and unquantized."
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

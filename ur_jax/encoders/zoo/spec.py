@@ -76,6 +76,7 @@ class EncoderSpec:
       std: per-channel standard deviation.
       frozen: regular expressions of paths below the network's params that training leaves alone.
       parts: what a file may hold beside the encoder, for training to go on from.
+      has_head: whether its head is there too, see `without_head`.
       config_fn: (file contents, {key: shape}) -> keyword arguments of `network` that the file
         itself decides, such as AMDIM's depth or SimCLR's width.
     """
@@ -99,6 +100,7 @@ class EncoderSpec:
     std: tuple[float, float, float] = IMAGENET_STD
     frozen: tuple[str, ...] = ()
     parts: tuple[TrainingPart, ...] = ()
+    has_head: bool = True
     config_fn: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], dict[str, Any]] = (
         lambda contents, shapes: {}
     )
@@ -113,6 +115,7 @@ class EncoderSpec:
             rules=tuple(rule for rule in self.rules if rule not in heads),
             ignored=(*self.ignored, *passed),
             parts=(),
+            has_head=False,
         )
 
 
