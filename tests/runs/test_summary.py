@@ -21,10 +21,10 @@ def _printed(summary, width):
     return capture.get().splitlines()
 
 
-def _attacks(**changes):
+def _attacks(value=0.123456, low=0.1, high=0.2, **changes):
     """Rows as an evaluation with two radii has them."""
     return [
-        Row(metric, 0.123456, 0.1, 0.2, 1000, divergence="l2", eps=eps, step=step, **changes)
+        Row(metric, value, low, high, 1000, divergence="l2", eps=eps, step=step, **changes)
         for metric in ("universal_quantile_targeted", "normalised_distance")
         for eps in (0.05, 0.1)
         for step in (5, 50)
@@ -35,6 +35,7 @@ def _attacks(**changes):
     "rows",
     [
         _attacks(),
+        _attacks(0.00042, 0.00021, 0.00083),
         [
             Row("impersonation_success", 0.5, 0.4, 0.6, 1000, eps=0.1, step=step, images=images)
             for step in (3, 50)
@@ -51,7 +52,8 @@ def test_80_columns_hold_every_row_in_one_line(rows):
     assert len(numbers) == len(rows)
     for words, row in zip(numbers, rows):
         assert words[0] == row.metric and words[-1] == METRICS[row.metric].robust
-        assert words[-2] == str(row.n) and f"{row.value:.3f}" in words
+        shown = "0.0004" if row.value < 0.001 else f"{row.value:.3f}"
+        assert words[-2] == str(row.n) and words[-6] == shown
 
 
 def test_the_longest_name_folds_and_every_other_column_stays():
@@ -64,7 +66,7 @@ def test_the_longest_name_folds_and_every_other_column_stays():
 
 def test_a_setting_that_all_rows_share_is_told_once():
     rows = [Row("overlap_risk", 0.5, 0.4, 0.6, 9, eps=0.05, step=step) for step in (5, 10)]
-    [title, _, header, *_] = _printed(Summary("evaluate", "title", {}, tuple(rows)), 80)
+    [title, header, *_] = _printed(Summary("evaluate", "title", {}, tuple(rows)), 80)
     assert title.strip() == "title, eps 0.05" and header.split()[:2] == ["metric", "step"]
 
 

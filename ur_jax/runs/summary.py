@@ -224,7 +224,7 @@ def table(title: str, rows: Iterable[Row], divergence: str = "l2"):
     found = Table(
         title=Text(", ".join([title, *common])),
         box=box.SIMPLE_HEAD,
-        pad_edge=False,
+        show_edge=False,
         padding=(0, 1, 0, 0),
     )
     found.add_column("metric", overflow="fold", min_width=12)
@@ -242,11 +242,12 @@ def table(title: str, rows: Iterable[Row], divergence: str = "l2"):
             found.add_section()
         last = row.metric
         settings = ["" if (v := getattr(row, name)) is None else _short(v) for name in used]
-        interval = f"{row.low:.3f} to {row.high:.3f}" if math.isfinite(row.low + row.high) else ""
+        ends = f"{_digits(row.low)} to {_digits(row.high)}"
+        interval = ends if math.isfinite(row.low + row.high) else ""
         metric = METRICS.get(row.metric)
         n = f"{row.n} of {row.n + row.n_excluded}" if row.n_excluded else str(row.n)
         robust = "" if metric is None else metric.robust
-        cells = (row.metric, *settings, f"{row.value:.3f}", interval, n, robust)
+        cells = (row.metric, *settings, _digits(row.value), interval, n, robust)
         found.add_row(*map(Text, cells))
     found.caption = Text("\n".join(exclusions(shown)))
     return found
@@ -259,6 +260,11 @@ def exclusions(rows: Iterable[Row]) -> list[str]:
         if row.n_excluded:
             reasons.setdefault(row.excluded or "they have no value", {})[row.metric] = None
     return [f"Left out of {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def _digits(value: float) -> str:
+    """Three decimals; one digit of what is nearer to 0 than those would show."""
+    return f"{value:.1g}" if 0 < abs(value) < 0.001 else f"{value:.3f}"
 
 
 def _short(value: Any) -> str:
