@@ -14,7 +14,7 @@ import tiny_encoder
 
 from ur_jax import cli, data
 from ur_jax.attacks import AttackConfig
-from ur_jax.encoders import checkpoints
+from ur_jax.encoders import checkpoints, loading
 from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import UserError
 from ur_jax.jobs.train import Train
@@ -258,3 +258,44 @@ def test_a_notebook_gives_a_live_source(folder, tmp_path):
         Train(images=source, method="mocov2")
     with pytest.raises(UserError, match="random_start=True for an untargeted"):
         Train(attack="untargeted", adversary=AttackConfig(random_start=False))
+
+
+OWN = """
+import jax, jax.numpy as jnp
+import flax.linen as nn
+import ur_jax
+
+class Net(nn.Module):
+    width: int = 6
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True)(nn.Conv(self.width, (3, 3))(x))
+        return nn.Dense(5)(nn.relu(x).mean((1, 2)))
+
+def make(width=6):
+    variables = Net(width).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    return ur_jax.from_linen(Net(width), variables, input_size=(8, 8), name="mine")
+"""
+
+
+def test_fare_tunes_an_encoder_of_ones_own(command, folder, tmp_path, capsys):
+    (tmp_path / "own_of_train.py").write_text(OWN)
+    place, out = f"{tmp_path / 'own_of_train.py'}:make", tmp_path / "out"
+    words = [
+        "--preset", "fare", "--init", f"{place},width=4", "--images", f"folder:{folder}",
+        "--batch-size", "8", "--num-epochs", "1", "--adversary.num-steps", "1",
+    ]  # fmt: skip
+    assert command(*words, "--out", str(out)) == 0, capsys.readouterr().out
+    before, after = (loading.load_encoder(p) for p in (f"{place},width=4", out / "encoder"))
+    assert after.name == "mine" and after.params["params"]["Conv_0"]["kernel"].shape[-1] == 4
+    same = jax.tree.map(np.array_equal, before.params, after.params)
+    assert all(jax.tree.leaves(same["batch_stats"])) and not any(jax.tree.leaves(same["params"]))
+    assert "training" in checkpoints.read_metadata(out / "encoder")
+    # And again from what was tuned.
+    words[3] = str(out / "encoder")
+    assert command(*words, "--out", str(tmp_path / "again")) == 0
+    capsys.readouterr()
+    words[1:4] = ["mocov2", "--init", f"{place},width=4"]
+    assert command(*words, "--start-epoch", "0", "--out", str(tmp_path / "moco")) == 2
+    assert "fare trains any encoder" in " ".join(capsys.readouterr().out.split())

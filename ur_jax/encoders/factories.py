@@ -182,7 +182,12 @@ def _knows_us(module: ModuleType | None) -> bool:
 
 
 def save(
-    path: str | os.PathLike, encoder: Encoder, origin: Origin, *, overwrite: bool = False
+    path: str | os.PathLike,
+    encoder: Encoder,
+    origin: Origin,
+    metadata: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Writes an own encoder as a checkpoint directory, see `loading.save_encoder`."""
     leaves = jax.tree_util.tree_leaves_with_path(encoder.params)
@@ -196,7 +201,7 @@ def save(
     checkpoints.save_encoder(
         path,
         {f"leaf{number:05d}": leaf for number, (_, leaf) in enumerate(leaves)},
-        {"encoder": encoder.name, "config": {}, "own": own},
+        {**metadata, "encoder": encoder.name, "config": {}, "own": own},
         overwrite=overwrite,
     )
 

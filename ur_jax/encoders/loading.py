@@ -94,6 +94,7 @@ def save_encoder(
     factory: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes an encoder as a checkpoint directory, for `load_encoder`.
 
@@ -108,6 +109,7 @@ def save_encoder(
         only be loaded with `load_encoder(path, factory=...)`.
       arguments: keyword arguments of the factory, JSON values.
       overwrite: replace a checkpoint that is there already.
+      metadata: JSON data to keep with it, such as how it was trained.
 
     Raises:
       UserError: if something is at `path` already, or for a factory that is no place.
@@ -123,10 +125,10 @@ def save_encoder(
     elif arguments is not None:
         raise UserError(f"Expected arguments only with a factory, got {arguments!r}.")
     if origin.place in ENCODERS:
-        kept = {"encoder": origin.place, **origin.arguments}
+        kept = {**(metadata or {}), "encoder": origin.place, **origin.arguments}
         checkpoints.save_encoder(path, encoder.params, kept, overwrite=overwrite)
         return
-    factories.save(path, encoder, origin, overwrite=overwrite)
+    factories.save(path, encoder, origin, metadata or {}, overwrite=overwrite)
 
 
 class Loaded(NamedTuple):

@@ -42,7 +42,7 @@ def watched(iterable: Iterable[Any], description: str, total: int) -> Iterator[A
     with counter(description, total) as update:
         for number, item in enumerate(iterable, start=1):
             yield item
-            update(number, "")
+            update(number, getattr(item, "text", ""))  # of a step of training: its loss
     if not (console.is_terminal or console.is_jupyter):
         console.print(f"{description}: {total} batches done", highlight=False)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -219,7 +218,11 @@ class Train(Job):
         if isinstance(self.init, Encoder):
             return self.init
         if self.init is not None:
-            return _loaded(self.init, self.encoder, self.representation)
+            if loading.is_own(self.init):
+                return loading.load_encoder(
+                    self.init, self.encoder, self.representation, fold=False
+                )
+            return loading.load_variables(self.init, self.encoder)
         name = self.encoder or "demo"
         if name not in ENCODERS:
             raise unknown_name("encoder to train", name, ENCODERS)
@@ -301,23 +304,14 @@ class Train(Job):
 
     def _save(self, path: Path, trained: Any, steps: int) -> None:
         """Writes the trained encoder as a checkpoint."""
-        described = {
-            "training": {**self.identity, "steps": steps},
-            "trained_with": provenance(),
-        }
+        record = {"training": {**self.identity, "steps": steps}, "trained_with": provenance()}
         begun = self._begun
         if isinstance(begun, Encoder):
-            raise NotImplementedError
-        metadata = {"encoder": begun.spec.name, "config": begun.config, **described}
-        checkpoints.save_encoder(path, trained, metadata)
-
-
-def _loaded(init: str, name: str | None, representation: str) -> Loaded | Encoder:
-    """What an encoder's place holds."""
-    is_place = ":" in init and "://" not in init and not os.path.exists(init)
-    if is_place:  # package.module:make or file.py:make
-        return loading.load_encoder(init, name, representation, fold=False)
-    return loading.load_variables(init, name)
+            tuned = dataclasses.replace(begun, params=trained)
+            loading.save_encoder(path, tuned, metadata=record)
+            return
+        known = {"encoder": begun.spec.name, "config": begun.config}
+        checkpoints.save_encoder(path, trained, known | record)
 
 
 def _draw_samples(out: Path, epoch: int, samples: Any) -> None:

@@ -58,7 +58,9 @@ class TrainingCheckpoints:
         # On a pod, JAX's coordinator listens itself, and all hosts stop at the same step.
         in_main = threading.current_thread() is threading.main_thread()
         if listens and in_main and jax.process_count() == 1:
-            self._before = {each: signal.signal(each, self._listen) for each in _SIGNALS}
+            for each in _SIGNALS:
+                if signal.getsignal(each) != signal.SIG_IGN:  # as nohup wants it
+                    self._before[each] = signal.signal(each, self._listen)
 
     def asked_to_stop(self, step: int) -> bool:
         """Whether the process is to stop: by SIGTERM, Ctrl-C or a pod's preemption."""
@@ -68,11 +70,14 @@ class TrainingCheckpoints:
         """Ends a process that was asked to stop, once everything is on disk.
 
         Raises:
-          KeyboardInterrupt: after Ctrl-C.
-          SystemExit: with status 143, after anything else.
+          KeyboardInterrupt: after Ctrl-C; or what else the program's handler of a signal raises.
+          SystemExit: with status 143, where it has none.
         """
         self.wait()
-        raise KeyboardInterrupt if self._asked == signal.SIGINT else SystemExit(143)
+        before = None if self._asked is None else self._before[self._asked]
+        if callable(before):
+            before(self._asked, None)
+        raise SystemExit(143)
 
     @property
     def latest_step(self) -> int | None:

@@ -145,7 +145,7 @@ def train(
                     saved.stop()
                 if ends:
                     on_epoch(step.epoch + 1, _on_host(samples))
-                step.text = log.text
+                step.text = log.text  # for the progress
     return state
 
 
