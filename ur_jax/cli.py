@@ -46,6 +46,7 @@ _SCRIPTS = {
     "throughput": "ur_jax.performance.command",
     "verify": "ur_jax.runs.verify",
     "repair": "ur_jax.runs.repair",
+    "reproduce-cifar": "ur_jax.jobs.reproduce_cifar",
 }
 """Commands that are no jobs, and their modules."""
 

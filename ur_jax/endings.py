@@ -45,7 +45,7 @@ STATUSES = (
 
 _SECONDS = 10.0
 """How long a computation may go on after a signal, and other hosts after this one's failure."""
-_RESUMED = ("benchmark", *JOBS)
+_RESUMED = ("benchmark", "reproduce-cifar", *JOBS)
 
 
 class Stop(KeyboardInterrupt):

@@ -337,7 +337,7 @@ _PAPER_V2 = Train(
     attack="untargeted", num_epochs=10, start_epoch=200, schedule_epochs=210, warmup_epochs=0,
     rate_per_epoch=True, learning_rate=0.03, weight_decay=1e-4, batch_size=192, view_size=224,
 )  # fmt: skip
-Train.presets = {
+PRESETS: dict[str, Train] = {
     "demo": Train(),
     # 32 images share statistics: MoCo's 256 over 8 GPUs.
     "mocov2": _PAPER_V2,
@@ -367,3 +367,4 @@ Train.presets = {
         adversary=AttackConfig(eps=4 / 255, step_size=1 / 255, num_steps=10),
     ),
 }
+Train.presets = PRESETS

@@ -1,0 +1,106 @@
+"""The paper's headline at CIFAR scale: does adversarial training without labels give robustness?
+
+    python experiments/reproduce_cifar.py --data cifar10 --workdir runs/cifar
+
+From nothing but the images (--data holds train/CLASS/* and test/CLASS/*): fine-tunes encoder "demo"
+by MoCo v2 with the untargeted, targeted and loss attack and by FARE (`ur-jax train`), then runs the
+benchmark (`ur-jax benchmark --preset cifar`) on "demo" and all four: the label-free table, three
+probes, certified accuracy and radius (noisy probe), certified divergence, impersonation of cats and
+dogs. A killed run goes on where it stopped.
+
+Writes WORKDIR/training/NAME/encoder, the benchmark's folders, RESULTS.csv, report.html, figures/
+and the headline as table.md.
+
+The copies of CIFAR-10 that this was run on are JPEG files: numbers do not compare with published
+CIFAR-10 figures. Nothing was tuned on the test images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ur_jax import runs
+from ur_jax.attacks import AttackConfig
+from ur_jax.errors import NotFoundError
+from ur_jax.jobs import benchmark
+from ur_jax.jobs.progress import console
+from ur_jax.jobs.train import PRESETS, Train
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How much of everything."""
+
+    data: Path
+    """Folder with train/ and test/, a sub-folder per class in each."""
+    workdir: Path
+    """Folder of the results; a run that stopped there goes on."""
+    fine_tunings: tuple[str, ...] = ("untargeted", "targeted", "loss", "fare")
+    """Attacks of MoCo v2, and fare."""
+    num_train: int = 30_000
+    """Evenly spaced training images of the fine-tuning."""
+    num_epochs: int = 1
+    batch_size: int = 128
+    adversary: AttackConfig = AttackConfig(eps=0.05, step_size=0.02, num_steps=3)
+    """The attack inside training."""
+    benchmark: benchmark.Config = benchmark.PRESETS["cifar"]
+    """What is measured afterwards; its images and encoders are filled in."""
+
+    def __post_init__(self):
+        for split in ("train", "test"):
+            if not (self.data / split).is_dir():
+                raise NotFoundError(
+                    f"Expected --data with a folder {split}/ in it, got {self.data}."
+                )
+
+
+def main(config: Config) -> int:
+    """Trains what is not trained yet, measures what is not measured; returns the exit status."""
+    for name in config.fine_tunings:
+        console.rule(f"training: {name}")
+        training(config, name).run(place(config, name))
+    status = benchmark.main(measured(config))
+    from ur_jax.report import collect, compare, terminal  # above the jobs, which they read
+
+    numbers = collect.collect(config.workdir).numbers
+    table = terminal.encoder_table(compare.headline(numbers), ("demo", *config.fine_tunings))
+    with runs.atomic_path(config.workdir / "table.md") as temporary:
+        temporary.write_text(terminal.as_markdown(table))
+    console.print(f"The headline: {config.workdir / 'table.md'}", highlight=False)
+    return status
+
+
+def place(config: Config, name: str) -> Path:
+    """Folder of one fine-tuning."""
+    return config.workdir / "training" / name
+
+
+def training(config: Config, name: str) -> Train:
+    """The fine-tuning of one encoder: FARE, or MoCo v2 under an attack."""
+    is_fare = name == "fare"
+    recipe = PRESETS["fare"] if is_fare else Train(attack=name)  # pyright: ignore
+    return dataclasses.replace(
+        recipe,
+        images=f"folder:{config.data / 'train'}",
+        init="demo",
+        num_images=config.num_train,
+        num_epochs=config.num_epochs,
+        batch_size=config.batch_size,
+        adversary=config.adversary,
+        warmup_epochs=0.1,
+        learning_rate=1e-3 if is_fare else 0.03,
+    )
+
+
+def measured(config: Config) -> benchmark.Config:
+    """The benchmark of "demo" and all that was fine-tuned."""
+    tuned = [f"{name}={place(config, name) / 'encoder'}" for name in config.fine_tunings]
+    test, images = (f"folder:{config.data / split}" for split in ("test", "train"))
+    return dataclasses.replace(
+        config.benchmark,
+        workdir=config.workdir,
+        encoders=("demo", *tuned),
+        images=test,
+        train_images=images,
+    )
