@@ -21,11 +21,12 @@ _SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_configure(config):
-    """Keeps compiled programs for as long as the tests run, for all of their processes."""
-    if _CACHE not in os.environ:
-        folder = tempfile.TemporaryDirectory()
-        config.add_cleanup(folder.cleanup)
-        os.environ[_CACHE] = folder.name
+    """Keeps compiled programs and hashes of images for as long as the tests run, for all of their
+    processes, and leaves the user's own cache alone."""
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    os.environ["XDG_CACHE_HOME"] = folder.name
+    os.environ.setdefault(_CACHE, folder.name)
     jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

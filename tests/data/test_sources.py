@@ -115,9 +115,22 @@ def test_tfds_directory_may_be_the_prepared_one_or_come_from_the_environment(
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_cifar))
     by_name = data.open_images("tfds:cifar10:3.0.2/train[:50%]")
     assert len(direct) == len(by_name) == 3
-    assert direct.listing_hash == by_name.listing_hash
+    assert direct.content_hash == by_name.content_hash
+    other = data.open_images("tfds:cifar10/train")
+    assert direct.content_hash != other.content_hash
     with pytest.raises(ValueError, match="holds the data set 'cifar10'"):
         data.open_images("tfds:mnist/train", data_dir=tiny_cifar / "cifar10" / "3.0.2")
+
+
+def test_tfds_elsewhere_is_the_same_and_with_other_bytes_is_not(tiny_cifar, tmp_path):
+    copy = shutil.copytree(tiny_cifar / "cifar10", tmp_path / "cifar10")
+    source = lambda folder: data.open_images("tfds:cifar10/train", data_dir=folder)
+    assert source(tmp_path).content_hash == source(tiny_cifar).content_hash
+    (stored,) = copy.glob("3.0.2/*train*record*")
+    content = bytearray(stored.read_bytes())
+    content[-1] ^= 1
+    stored.write_bytes(content)
+    assert source(tmp_path).content_hash != source(tiny_cifar).content_hash
 
 
 def test_tfds_with_a_missing_file(tiny_cifar, tmp_path):

@@ -65,14 +65,6 @@ class ImageSource(abc.ABC):
         return self[index].label
 
     @functools.cached_property
-    def listing_hash(self) -> str:
-        """16 hex digits of the SHA-256 of all names in order: equal for an equal listing."""
-        digest = hashlib.sha256()
-        for index in range(len(self)):
-            digest.update(self.name(index).encode("utf-8", "surrogateescape") + b"\0")
-        return digest.hexdigest()[:16]
-
-    @functools.cached_property
     def content_hash(self) -> str:
         """What identifies the images in a record: 16 hex digits, equal for equal images anywhere.
 
