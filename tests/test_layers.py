@@ -25,6 +25,7 @@ LAYERS = (
     ("report",),
     ("performance",),
     ("jobs.benchmark", "jobs.reproduce_cifar"),
+    ("endings",),
     ("cli",),
 )
 """From low to high. The benchmark is what uses all others."""
