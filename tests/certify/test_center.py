@@ -15,6 +15,7 @@ from ur_jax.certify import CenterConfig, center_smoothing, certify, eps_out_from
 from ur_jax.certify.enclosing import median_distances
 from ur_jax.devices import data_mesh
 from ur_jax.encoders import from_fn
+from ur_jax.errors import UserError
 
 CONFIG = CenterConfig(n0=600, n=2000, alpha1=0.05, alpha2=0.01, delta=0.1)
 
@@ -89,6 +90,7 @@ def test_eps_out_covers_the_true_quantile_and_approaches_it(isometric, bound):
 def test_a_center_nearby_lies_within_eps_out(isometric):
     # Smooths at x' on the sphere of radius eps_in, in the direction that the encoder sees most.
     encoder, image = isometric
+    image = 0.4 + 0.2 * image  # so that it stays an image when it is moved
     direction = np.asarray(encoder.params)[:, 0].reshape(3, 4, 4).transpose(1, 2, 0)
     moved = image + np.float32(CONFIG.eps_in) * direction
     here = certify(encoder, image, jax.random.key(0), config=CONFIG)
@@ -169,17 +171,25 @@ def test_the_ball_that_is_too_small_makes_it_abstain(isometric):
     assert all("too few" in c.reason for c in abstained)
 
 
-def test_representations_that_are_not_finite_make_it_abstain(isometric):
+def not_finite_where_bright(params, images):
+    found = project(params, images)
+    bright = images.mean((1, 2, 3)) > 0.8
+    return found.at[:, 3].set(jnp.where(bright, jnp.nan, found[:, 3]))
+
+
+@pytest.mark.parametrize("divergence", ["l2", "linf"])
+@pytest.mark.parametrize("bound", ["exact", "union"])
+def test_representations_that_are_not_finite_make_it_abstain(isometric, bound, divergence):
     encoder, image = isometric
-    broken = image.copy()
-    broken[0, 0, 0] = np.nan
-    for bound in ("exact", "union"):
-        config = dataclasses.replace(CONFIG, bound=bound)
-        certificates = run(encoder, [image, broken], config)
-        assert certificates[0].num_bad == 0 and not certificates[0].abstained
-        bad = certificates[1]
-        assert bad.abstained and bad.eps_out == math.inf and bad.num_bad >= CONFIG.n0
-        assert bad.reason == "representations not finite"
+    encoder = from_fn(not_finite_where_bright, encoder.params, input_size=(4, 4))
+    config = dataclasses.replace(CONFIG, bound=bound, divergence=divergence)
+    certificates = run(encoder, [image, np.ones_like(image)], config)
+    assert certificates[0].num_bad == 0 and not certificates[0].abstained
+    bad = certificates[1]
+    assert bad.abstained and bad.eps_out == math.inf and bad.num_bad >= CONFIG.n0
+    assert bad.reason == "representations not finite"
+    if bound == "exact":  # every sample is counted, in whatever stage
+        assert bad.num_bad == bad.num_drawn
 
 
 @pytest.mark.parametrize(
@@ -187,9 +197,23 @@ def test_representations_that_are_not_finite_make_it_abstain(isometric):
     [
         ({"sigma": 0.0}, "sigma > 0"),
         ({"eps_in": -0.1}, "eps_in > 0"),
-        ({"alpha1": 0.0}, "alpha1 strictly"),
-        ({"alpha2": 1.5}, "alpha2 strictly"),
-        ({"delta": 0.5}, "delta in"),
+        ({"sigma": math.nan}, "sigma > 0, got nan"),
+        ({"sigma": "0.25"}, "sigma > 0, got '0.25'"),
+        ({"alpha1": 0.0}, "alpha1 > 0 and < 1"),
+        ({"alpha2": 1.5}, "alpha2 > 0 and < 1"),
+        ({"alpha2": math.nan}, "alpha2 > 0 and < 1"),
+        ({"delta": 0.5}, "delta > 0 and < 0.5"),
+        ({"delta": 1e-9}, "n0 >= "),
+        ({"n": 1000.5}, "n >= 1, got 1000.5"),
+        ({"n": True}, "n >= 1, got True"),
+        ({"n": 10**30}, "less than 2.31 samples"),
+        ({"n0": -600}, "n0 >= 1"),
+        ({"step": 0}, "step >= 1"),
+        ({"clip": "no"}, "clip to be True or False"),
+        ({"bound": None}, "Unknown bound 'None'"),
+        ({"n": 4, "alpha2": 0.5, "eps_in": 0.05, "bound": "hoeffding"}, "interpolated quantile"),
+        ({"eps_out_values": [1.0]}, "eps_out_values as a tuple"),
+        ({"eps_out_values": (1.0, math.nan)}, "eps_out_values > 0, got nan"),
         ({"n0": 500}, "n0 >= 784"),
         ({"n0": 1000, "bound": "hoeffding"}, "n0 >= 1199"),
         ({"n": 37}, "n >= 38"),
@@ -202,5 +226,5 @@ def test_representations_that_are_not_finite_make_it_abstain(isometric):
     ],
 )
 def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         CenterConfig(**settings)

@@ -25,6 +25,7 @@ from ur_jax.certify import (
     smoothed_predictions,
 )
 from ur_jax.encoders import from_fn
+from ur_jax.errors import UserError
 
 NUM_IMAGES = 24
 CONFIG = RandomizedConfig(sigma=0.25, n0=200, n=20_000, alpha=0.01, clip=False)
@@ -106,11 +107,14 @@ def test_certificates_follow_from_their_counts_at_another_alpha(linear):
 
 def test_prediction_abstains_where_two_classes_tie(linear):
     classifier, images, distances = linear
-    # Moved onto the decision plane, each class has probability 1/2.
+    # Moved onto the decision plane, each class has probability 1/2; from the middle of all images,
+    # so that they stay images.
     weight = np.asarray(classifier.encoder.params)
     normal = weight[:, 0] - weight[:, 1]
-    normal = (normal / np.linalg.norm(normal)).reshape(4, 4, 3)
-    on_plane = images - distances[:, None, None, None].astype(np.float32) * normal
+    normal = normal / np.linalg.norm(normal)
+    grey = 0.25 + 0.5 * images
+    away = grey.reshape(NUM_IMAGES, -1) @ normal
+    on_plane = grey - away[:, None, None, None] * normal.reshape(4, 4, 3)
     key = jax.random.key(1)
     tied = dict(smoothed_predictions(classifier, on_plane, key, config=CONFIG))
     assert sum(not p.abstained for p in tied.values()) <= 3
@@ -139,9 +143,16 @@ def test_accuracy_and_average_radius():
         ({"sigma": 0.0}, "sigma > 0"),
         ({"sigma": -1.0}, "sigma > 0"),
         ({"sigma": math.nan}, "sigma > 0"),
-        ({"alpha": 0.0}, "alpha strictly"),
-        ({"alpha": 1.0}, "alpha strictly"),
-        ({"n0": 0}, "n0 > 0"),
+        ({"alpha": 0.0}, "alpha > 0 and < 1"),
+        ({"alpha": 1.0}, "alpha > 0 and < 1"),
+        ({"n0": 0}, "n0 >= 1"),
+        ({"n0": 2.5}, "n0 >= 1, got 2.5, which is no integer"),
+        ({"n": math.nan}, "n >= 1, got nan"),
+        ({"n": 2**31}, "less than 2.31 samples"),
+        ({"clip": 1}, "clip to be True or False"),
+        ({"radii": 0.5}, "radii as a tuple"),
+        ({"radii": (0.1, math.nan)}, "radii >= 0, got nan"),
+        ({"tolerance": math.nan}, "tolerance > 0, got nan"),
         ({"n": 9}, "n >= 10"),
         ({"n": 10, "bound": "union"}, "n >= 11"),
         ({"n": 100, "radii": (0.5,)}, "n >= 301"),
@@ -152,7 +163,7 @@ def test_accuracy_and_average_radius():
     ],
 )
 def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         RandomizedConfig(**{"alpha": 0.001, "n": 100_000, **settings})
 
 
@@ -170,16 +181,22 @@ def test_a_classifier_of_the_wrong_shape_is_refused():
             certify(lambda x, fn=fn: fn(weight, x), image, jax.random.key(0), config=CONFIG)
 
 
+def not_finite_where_bright(params, images):
+    bright = images.mean((1, 2, 3)) > 0.8
+    return jnp.where(bright[:, None], jnp.nan, flatten_and_multiply(params, images))
+
+
 def test_logits_that_are_not_finite_are_no_class(linear):
     classifier, images, _ = linear
-    broken = images[:2].copy()
-    broken[1, 0, 0, 0] = np.nan
-    certificates = run(classifier, broken, CONFIG)
+    encoder = from_fn(not_finite_where_bright, classifier.encoder.params, input_size=(4, 4))
+    classifier = classifier.replace(encoder=encoder)
+    images = np.stack([images[0], np.ones_like(images[0])])
+    certificates = run(classifier, images, CONFIG)
     assert not certificates[0].abstained and certificates[0].num_bad == 0
     bad = certificates[1]
     assert bad.abstained and bad.radius == 0.0 and bad.reason == "logits not finite"
     assert bad.num_bad > 0
-    prediction = dict(smoothed_predictions(classifier, broken, jax.random.key(0), config=CONFIG))[1]
+    prediction = dict(smoothed_predictions(classifier, images, jax.random.key(0), config=CONFIG))[1]
     assert prediction.abstained and prediction.counts.sum() == 0
 
 

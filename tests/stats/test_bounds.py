@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ur_jax.errors import UserError
 from ur_jax.stats import bounds
 from ur_jax.stats.sequences import level_table, looking_times, tolerance_table
 
@@ -68,11 +69,69 @@ def test_impossible_sample_sizes_are_refused_with_the_one_that_would_do():
     with pytest.raises(ValueError, match="n >= 157"):
         bounds.hoeffding_level(156, 0.87, 0.005)
     bounds.hoeffding_level(157, 0.87, 0.005)
-    for alpha in (0.0, 1.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="alpha"):
-            bounds.check_probability("alpha", alpha)
     with pytest.raises(ValueError, match="betting"):
         bounds.confidence_sequence("beting", alpha=0.1, n_max=100, step=10)
+
+
+@pytest.mark.parametrize(
+    "function, arguments, message",
+    [
+        (bounds.clopper_pearson_lower, (-1, 10, 0.1), "0 <= successes <= n"),
+        (bounds.clopper_pearson_lower, (11, 10, 0.1), "0 <= successes <= n"),
+        (bounds.clopper_pearson_lower, (1.5, 10, 0.1), "successes of whole numbers.*got 1.5"),
+        (bounds.clopper_pearson_lower, (np.array([1, math.nan]), 10, 0.1), "whole numbers"),
+        (bounds.clopper_pearson_upper, (0, 0, 0.1), "n of whole numbers >= 1, got 0"),
+        (bounds.clopper_pearson_upper, (1, "10", 0.1), "n of whole numbers"),
+        (bounds.accepting_count, (10, 1.5, 0.1), r"p in \[0,1\]"),
+        (bounds.accepting_count, (10, math.nan, 0.1), r"p in \[0,1\]"),
+        (bounds.rejecting_count, (10.5, 0.5, 0.1), "n of whole numbers"),
+        (bounds.order_statistic_rank, (10, 1.0, 0.1), "p strictly between"),
+        (bounds.hoeffding_level, (0, 0.5, 0.1), "n of whole numbers >= 1"),
+        (bounds.hoeffding_level, (1000, -0.5, 0.1), "p strictly between"),
+        *(
+            (function, (*counts, alpha), "alpha strictly between 0 and 1")
+            for alpha in (0.0, 1.0, -1.0, math.nan, None, 1j)
+            for function, counts in (
+                (bounds.clopper_pearson_lower, (1, 10)),
+                (bounds.accepting_count, (10, 0.5)),
+                (bounds.order_statistic_rank, (10, 0.5)),
+                (bounds.hoeffding_level, (1000, 0.5)),
+            )
+        ),
+        (bounds.Betting, (1.5, 10), "alpha > 0 and < 1"),
+        (bounds.Betting, (0.1, 0), "n_max >= 1"),
+        (bounds.UnionBound, (0.1, 10, 2.5), "step >= 1"),
+        (bounds.UnionBound, (0.1, 10, 2, 1.0), "ratio > 1"),
+        (looking_times, (0, 128), "n_max >= 1"),
+        (looking_times, (100, 0), "step >= 1"),
+    ],
+)
+def test_values_out_of_range_are_one_line(function, arguments, message):
+    with pytest.raises(UserError, match=message):
+        function(*arguments)
+
+
+def test_the_interpolated_quantile_is_a_bound_wherever_it_is_accepted():
+    """With 4 samples at alpha 0.5 it lay below the quantile in two of three cases."""
+    rng, n, alpha = np.random.default_rng(8), 4, 0.5
+    p = float(stats.norm.cdf(stats.norm.ppf(0.55) + 0.2))
+    with pytest.raises(UserError, match="interpolated quantile .* got 4"):
+        bounds.check_interpolated(n, p, alpha)
+    refused = 0
+    for alpha in (0.5, 0.3, 0.1, 0.005):
+        for n in (*range(1, 60), 200):
+            try:
+                bounds.check_interpolated(n, p, alpha)
+            except UserError:
+                refused += 1
+                continue
+            samples = np.sort(rng.random((NUM_SIMULATED, n)), axis=1)
+            rank = bounds.interpolated_rank(n, bounds.hoeffding_level(n, p, alpha))
+            below = min(math.floor(rank), n - 1)  # both ends counted from 1
+            share = rank - below
+            read = (1 - share) * samples[:, below - 1] + share * samples[:, below]
+            assert np.sum(read < p) <= most_failures(alpha), (n, alpha)
+    assert 4 < refused < 100
 
 
 def test_betting_wealth_is_the_product_of_the_bets():

@@ -19,6 +19,7 @@ from ur_jax.certify.center import (
     center_smoothing,
     eps_out_from_counts,
 )
+from ur_jax.certify.inputs import check_classifier, check_image
 from ur_jax.certify.randomized import (
     Prediction,
     RadiusCertificate,
@@ -31,6 +32,7 @@ from ur_jax.certify.randomized import (
     smoothed_predictions,
 )
 from ur_jax.certify.registry import CERTIFICATES, CertificateKind, kind_of
+from ur_jax.checks import check_type
 from ur_jax.encoders.base import Encoder
 from ur_jax.probes.classifier import Classifier, check_labels, nearest_image_classifier, num_classes
 from ur_jax.types import Array, Key
@@ -70,6 +72,11 @@ def certify(
 ) -> Any:
     """Certifies one image; the kind of settings says how.
 
+    **Guarantee.** That of the certificate, of this one image over its own noise. The noise is a
+    function of key, index and sample alone: images that are to fail independently of each other
+    need an index each (or a key each), and so do two certificates of one image, which draw the same
+    noise whatever their method.
+
     Args:
       model: an encoder for a `CenterConfig`, a classifier for a `RandomizedConfig`; for the
         settings of another entry of `CERTIFICATES`, what that smooths.
@@ -82,9 +89,14 @@ def certify(
       The certificate: a `CenterCertificate`, a `RadiusCertificate`, or what that entry makes.
 
     Raises:
-      UserError: for a model that cannot be certified so, or settings of no certificate.
+      UserError: for a model that cannot be certified so, settings of no certificate, a key of the
+        old kind, or an image that is none: of another size, not in [0,1], or with NaN.
     """
     kind = CERTIFICATES[kind_of(config)]
-    found = kind.certify(model, image[None], key, config=config, indices=[index])
-    [(_, certificate)] = found
+    if kind.smooths == "encoder":
+        check_type("the model of these settings", model, Encoder)
+    else:
+        check_classifier(model)
+    check_image(image, model if isinstance(model, Encoder) else None)
+    [(_, certificate)] = kind.certify(model, image[None], key, config=config, indices=[index])
     return certificate

@@ -40,9 +40,15 @@ class Center(NamedTuple):
 
 @functools.cache
 def smallest_n0(delta: float, alpha: float) -> int:
-    """Smallest n0 from which on half of the samples lie in a ball of probability 1/2 + delta."""
+    """Smallest n0 from which on half of the samples lie in a ball of probability 1/2 + delta.
+
+    Beyond ten million, Hoeffding's n0, which is a little larger.
+    """
     # Hoeffding's n is enough, so that the scan ends there.
-    n = np.arange(1, 2 + math.ceil(math.log(1 / alpha) / (2 * delta**2)))
+    enough = math.ceil(math.log(1 / alpha) / (2 * delta**2)) if delta > 1e-150 else 2**62
+    if enough > 10**7:
+        return enough
+    n = np.arange(1, 2 + enough)
     fails = stats.binom.cdf((n + 1) // 2 - 1, n, 0.5 + delta) > alpha
     return int(n[fails].max(initial=0)) + 1
 

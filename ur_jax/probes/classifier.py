@@ -50,7 +50,7 @@ def nearest_image_classifier(encoder: Encoder, representations: Array | np.ndarr
     Raises:
       UserError: for fewer than two of them, not finite ones, or ones that are all the same point.
     """
-    representations = finite_matrix("representations", representations)
+    finite_matrix("representations", representations)
     if len(representations) < 2:
         raise UserError(f"Expected at least 2 representations, got {len(representations)}.")
     check_spread(representations, f"encoder {encoder.name!r}")

@@ -8,12 +8,15 @@ together, so that one may look after every batch and stop whenever the answer is
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy import special, stats
 
+from ur_jax.checks import check_number, check_whole
 from ur_jax.errors import UserError, unknown_name
 
 Counts = np.ndarray | int
@@ -22,20 +25,38 @@ Probabilities = np.ndarray | float
 _BISECTIONS = 64
 
 
-def check_probability(name: str, value: float) -> None:
-    """Raises ValueError unless `value` lies strictly between 0 and 1."""
-    if not 0.0 < value < 1.0:
-        raise UserError(f"Expected {name} strictly between 0 and 1, got {value}; try 0.001.")
+def check_probability(name: str, value: Probabilities, *, inside: bool = True) -> None:
+    """Raises UserError unless values are probabilities: in (0,1), or [0,1] if not `inside`."""
+    above, below = (np.greater, np.less) if inside else (np.greater_equal, np.less_equal)
+    ends = "strictly between 0 and 1" if inside else "in [0,1]"
+    _check_all(name, ends, value, lambda values: above(values, 0) & below(values, 1))
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raises ValueError unless `value` is finite and > 0."""
-    if not 0 < value < math.inf:
-        raise UserError(f"Expected {name} > 0, got {value}; use a positive number.")
+def check_counts(n: Counts, successes: Counts | None = None) -> None:
+    """Raises UserError unless there are whole numbers of trials >= 1, and of successes up to n."""
+    is_whole = lambda values: np.isfinite(values) & (values == np.floor(values))
+    _check_all("n", "of whole numbers >= 1", n, lambda n: is_whole(n) & (n >= 1))
+    if successes is not None:
+        wanted = "of whole numbers, 0 <= successes <= n"
+        fits = lambda k: is_whole(k) & (k >= 0) & (k <= np.asarray(n))
+        _check_all("successes", wanted, successes, fits)
+
+
+def _check_all(
+    name: str, wanted: str, value: Any, is_right: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    """Raises UserError, naming the first one, unless real numbers are all right."""
+    values = np.asarray(value)
+    if np.issubdtype(values.dtype, np.number) and not np.iscomplexobj(values):
+        right = is_right(values)
+        if right.all():
+            return
+        value = np.broadcast_to(values, right.shape)[~right][0]
+    raise UserError(f"Expected {name} {wanted}, got {value!s}.")
 
 
 def check_level(level: float, what: str, sigma: float) -> None:
-    """Raises ValueError if the probability that `what` needs is 1, which no samples can show."""
+    """Raises UserError if the probability that `what` needs is 1, which no samples can show."""
     if level >= 1.0:
         raise UserError(
             f"Expected a probability below 1, but {what} at sigma {sigma:g} needs {level:.17g}, "
@@ -54,10 +75,20 @@ def clopper_pearson_lower(successes: Counts, n: Counts, alpha: Probabilities) ->
     Returns:
       The bound, float64, of the broadcast shape.
 
+    Raises:
+      UserError: for counts or an alpha out of range.
+
     Guarantee: P(bound > p) <= alpha for every p, over the n trials.
 
     Reference: Clopper and Pearson (1934).
     """
+    check_counts(n, successes)
+    check_probability("alpha", alpha)
+    return _lower(successes, n, alpha)
+
+
+def _lower(successes: Counts, n: Counts, alpha: Probabilities) -> np.ndarray:
+    """The bound; of counts beyond n, which tables of thresholds ask for, it is meaningless."""
     successes, n = np.broadcast_arrays(np.asarray(successes), np.asarray(n))
     bound = stats.beta.ppf(alpha, np.maximum(successes, 1), n - successes + 1)
     return np.where(successes > 0, bound, 0.0)
@@ -65,6 +96,7 @@ def clopper_pearson_lower(successes: Counts, n: Counts, alpha: Probabilities) ->
 
 def clopper_pearson_upper(successes: Counts, n: Counts, alpha: Probabilities) -> np.ndarray:
     """Exact upper confidence bound of a probability: 1 - lower bound of the failures."""
+    check_counts(n, successes)
     successes, n = np.broadcast_arrays(np.asarray(successes), np.asarray(n))
     return 1.0 - clopper_pearson_lower(n - successes, n, alpha)
 
@@ -74,6 +106,9 @@ def accepting_count(n: Counts, p: Probabilities, alpha: Probabilities) -> np.nda
 
     Equivalently the smallest count whose Clopper-Pearson lower bound reaches p.
     """
+    check_counts(n)
+    check_probability("p", p, inside=False)
+    check_probability("alpha", alpha)
     n, p = np.broadcast_arrays(np.asarray(n), np.asarray(p, np.float64))
     k = stats.binom.isf(alpha, n, p).astype(np.int64) + 1
     # SciPy's discrete inverse can be one off where the tail is within rounding of alpha.
@@ -83,6 +118,8 @@ def accepting_count(n: Counts, p: Probabilities, alpha: Probabilities) -> np.nda
 
 def rejecting_count(n: Counts, p: Probabilities, alpha: Probabilities) -> np.ndarray:
     """Largest k with P(Bin(n, p) <= k) <= alpha; -1 where none has."""
+    check_counts(n)
+    check_probability("p", p, inside=False)
     n, p = np.broadcast_arrays(np.asarray(n), np.asarray(p, np.float64))
     return n - accepting_count(n, 1.0 - p, alpha)
 
@@ -104,10 +141,11 @@ def order_statistic_rank(n: int, p: float, alpha: float) -> int:
       k, counted from 1.
 
     Raises:
-      ValueError: if even the largest sample is no such bound; names the n that would do.
+      UserError: if even the largest sample is no such bound; names the n that would do.
 
     Reference: the binomial (distribution-free) confidence interval of a quantile.
     """
+    check_probability("p", p)
     k = int(accepting_count(n, p, alpha))
     if k > n:
         # The largest sample will do once p^n <= alpha.
@@ -133,10 +171,13 @@ def hoeffding_level(n: int, p: float, alpha: float) -> float:
       The level, at most 1.
 
     Raises:
-      ValueError: if the level exceeds 1; names the n that would do.
+      UserError: if the level exceeds 1; names the n that would do.
 
     Reference: Kumar and Goldstein (2021), Algorithm 2; Hoeffding's inequality.
     """
+    check_counts(n)
+    check_probability("p", p)
+    check_probability("alpha", alpha)
     level = p + math.sqrt(math.log(1.0 / alpha) / (2.0 * n))
     if level > 1.0:
         needed = math.ceil(math.log(1.0 / alpha) / (2.0 * (1.0 - p) ** 2))
@@ -145,6 +186,46 @@ def hoeffding_level(n: int, p: float, alpha: float) -> float:
             f"level {level:.6g}. Use n = {needed} or more, or the bound 'exact'."
         )
     return level
+
+
+def interpolated_rank(n: int, level: float) -> float:
+    """Where the published code reads a quantile: (n - 1) level, counted from 1.
+
+    It interpolates linearly between the order statistics on either side.
+    """
+    return level * (n - 1) + 1
+
+
+def check_interpolated(n: int, p: float, alpha: float) -> None:
+    """Raises UserError unless the quantile at `hoeffding_level` bounds the p-quantile from above.
+
+    Hoeffding's inequality says it of the order statistic of rank ceil(n level) and up; what is read
+    is an interpolation between two of which the lower one has a rank of at least n level - 1. So
+    that one is held to the exact bound, P(Bin(n, p) >= rank) <= alpha: true but for a handful of
+    samples.
+
+    Args:
+      n: number of independent samples.
+      p: level of the quantile, in (0,1).
+      alpha: failure probability, in (0,1).
+    """
+    if _is_interpolated_bound(n, p, alpha):
+        return
+    needed = n + 1
+    while not all(_is_interpolated_bound(m, p, alpha) for m in range(needed, needed + 50)):
+        needed += 1
+    raise UserError(
+        f"Expected n >= {needed} for the published code's interpolated quantile to bound the "
+        f"{p:.6g}-quantile at alpha {alpha:g}, got {n}: it lies below too often. Use n = {needed} "
+        "or more, or the bound 'exact'."
+    )
+
+
+def _is_interpolated_bound(n: int, p: float, alpha: float) -> bool:
+    """Whether the lower one of the two order statistics is an exact bound."""
+    level = p + math.sqrt(math.log(1.0 / alpha) / (2.0 * n))
+    rank = math.floor(interpolated_rank(n, min(level, 1.0)))
+    return level <= 1.0 and rank >= int(accepting_count(n, p, alpha))
 
 
 @dataclass(frozen=True)
@@ -174,6 +255,10 @@ class Betting:
     alpha: float
     n_max: int
 
+    def __post_init__(self):
+        check_number(self, "alpha", above=0.0, below=1.0)
+        check_whole(self, "n_max")
+
     def lower(self, successes: Counts, n: Counts) -> np.ndarray:
         """Returns the lower end after n samples, float64, rounded down by bisection."""
         k, n = np.broadcast_arrays(np.asarray(successes, np.float64), np.asarray(n, np.float64))
@@ -183,7 +268,7 @@ class Betting:
             middle = 0.5 * (low + high)
             excluded = mixture - _log_probability(k, n, middle) >= self._log_wealth
             low, high = np.where(excluded, middle, low), np.where(excluded, high, middle)
-        last = clopper_pearson_lower(k, n, self.alpha / 2)
+        last = _lower(k, n, self.alpha / 2)
         return np.where(n == self.n_max, np.maximum(low, last), low)
 
     def accepting(self, n: Counts, p: float) -> np.ndarray:
@@ -242,6 +327,11 @@ class UnionBound:
     step: int = 128
     ratio: float = 1.2
 
+    def __post_init__(self):
+        check_number(self, "alpha", above=0.0, below=1.0)
+        check_whole(self, "n_max", "step")
+        check_number(self, "ratio", above=1.0)
+
     @cached_property
     def schedule(self) -> np.ndarray:
         """The numbers of samples that have bounds, int64, increasing, ending at `n_max`."""
@@ -252,7 +342,7 @@ class UnionBound:
     def lower(self, successes: Counts, n: Counts) -> np.ndarray:
         """Returns the lower end after n samples, float64; 0 where n is not scheduled."""
         share = self._share(n)
-        bound = clopper_pearson_lower(successes, n, np.where(share > 0, share, 0.5))
+        bound = _lower(successes, n, np.where(share > 0, share, 0.5))
         return np.where(share > 0, bound, 0.0)
 
     def accepting(self, n: Counts, p: float) -> np.ndarray:

@@ -6,12 +6,14 @@ are done once per configuration, on the host, in float64.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from ur_jax.stats.bounds import ConfidenceSequence, rejecting, upper
+from ur_jax.checks import check_number, check_whole
+from ur_jax.stats.bounds import ConfidenceSequence, check_probability, rejecting, upper
 
 _GRID = 48
 
@@ -35,6 +37,7 @@ def looking_times(n_max: int, step: int) -> np.ndarray:
       n_max: the last one, >= 1.
       step: all others are multiples of it.
     """
+    check_whole(SimpleNamespace(n_max=n_max, step=step), "n_max", "step")
     return np.append(np.arange(step, n_max, step), n_max)
 
 
@@ -53,6 +56,8 @@ def level_table(sequence: ConfidenceSequence, times: np.ndarray, levels: np.ndar
     Returns:
       The table.
     """
+    for p in levels:
+        check_probability("levels", p)
     accept = np.stack([sequence.accepting(times, p) for p in levels], axis=1)
     reject = np.stack([rejecting(sequence, times, p) for p in levels], axis=1)
     # Best case from n on: successes only. Out of reach if k + (m - n) < accept[m] for all m >= n.
@@ -84,6 +89,7 @@ def tolerance_table(
     Returns:
       The table, with J = 1. The last row settles every count.
     """
+    check_number(SimpleNamespace(sigma=sigma, tolerance=tolerance), "sigma", "tolerance", above=0.0)
     n_max = times[-1]
 
     def settled(failures, n):

@@ -9,11 +9,12 @@ from typing import Literal
 from scipy import stats
 
 from ur_jax.certify.enclosing import smallest_n0
+from ur_jax.certify.inputs import check_each, check_samples
+from ur_jax.checks import check_flag, check_number, check_whole
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.stats.bounds import (
+    check_interpolated,
     check_level,
-    check_positive,
-    check_probability,
     hoeffding_level,
     order_statistic_rank,
 )
@@ -63,26 +64,26 @@ class CenterConfig:
     step: int = 128
 
     def __post_init__(self):
-        for name in ("sigma", "eps_in", "n0", "n", "step", "tolerance"):
-            check_positive(name, getattr(self, name))
-        check_probability("alpha1", self.alpha1)
-        check_probability("alpha2", self.alpha2)
-        if not 0.0 < self.delta < 0.5:
-            raise UserError(f"Expected delta in (0, 0.5), got {self.delta}; the paper has 0.05.")
+        check_number(self, "sigma", "eps_in", "tolerance", above=0.0)
+        check_number(self, "alpha1", "alpha2", above=0.0, below=1.0)
+        check_number(self, "delta", above=0.0, below=0.5)
+        check_whole(self, "n0", "n", "step")
+        check_flag(self, "clip")
+        check_samples(2 * self.n0 + self.n)
         if self.bound not in BOUNDS:
-            raise unknown_name("bound", self.bound, BOUNDS)
+            raise unknown_name("bound", str(self.bound), BOUNDS)
         if self.divergence not in METRICS:
             raise UserError(
                 f"Expected a divergence that is a metric ({', '.join(METRICS)}), got "
                 f"{self.divergence!r}: the certificate needs the triangle inequality. For cosine, "
                 "normalise the representations and use l2: its square is twice the cosine distance."
             )
-        if any(not 0 < v < math.inf for v in self.eps_out_values):
-            raise UserError(f"Expected finite eps_out_values > 0, got {self.eps_out_values}.")
+        check_each("eps_out_values", self.eps_out_values, zero=False)
         self._check_n0()
         check_level(self.level, f"eps_in {self.eps_in:g}", self.sigma)
         if self.bound == "hoeffding":
             hoeffding_level(self.n, self.level, self.alpha2)
+            check_interpolated(self.n, self.level, self.alpha2)
         else:
             order_statistic_rank(self.n, self.level, self.alpha2 / (2 if self.adaptive else 1))
 
@@ -102,7 +103,7 @@ class CenterConfig:
         return 1.0 + APPROXIMATION
 
     def _check_n0(self):
-        """Raises ValueError if n0 samples cannot find a center at delta and alpha1."""
+        """Raises UserError if n0 samples cannot find a center at delta and alpha1."""
         if self.bound == "hoeffding":
             needed = math.ceil(math.log(2 / self.alpha1) / (2 * self.delta**2))
         else:

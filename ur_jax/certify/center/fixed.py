@@ -24,7 +24,12 @@ from ur_jax.certify.enclosing import Center
 from ur_jax.certify.sampling import sample_outputs
 from ur_jax.distances import distance
 from ur_jax.encoders.base import Encoder
-from ur_jax.stats.bounds import accepting_count, clopper_pearson_lower, hoeffding_level
+from ur_jax.stats.bounds import (
+    accepting_count,
+    clopper_pearson_lower,
+    hoeffding_level,
+    interpolated_rank,
+)
 from ur_jax.types import Array, Key
 
 _STORED_ALPHAS = np.geomspace(0.5, 1e-9, 28)
@@ -100,11 +105,15 @@ class _DistanceFromCenter:
     def __call__(self, operand, images):
         encoder, center = operand
         representations = encoder(images)
-        return distance(
+        away = distance(
             representations,
             jnp.broadcast_to(center, representations.shape),
             divergence=self.divergence,
         )
+        if self.divergence != "linf":
+            return away
+        # On CPUs a maximum may lose a NaN; sums keep it.
+        return jnp.where(jnp.isfinite(representations).all(axis=1), away, jnp.nan)
 
 
 def _bound(
@@ -112,13 +121,18 @@ def _bound(
 ) -> tuple[float, bool]:
     """The bound from the order statistics of these ranks, and whether the center is verified."""
     if config.bound == "hoeffding":
-        position = hoeffding_level(config.n, config.level, config.alpha2) * (config.n - 1)
-        quantile = np.interp(position + 1, ranks, statistics.astype(np.float64))
+        rank = _interpolated(config)
+        quantile = np.interp(rank, ranks, statistics.astype(np.float64))
         least = (0.5 - config.delta + _hoeffding_margin(config)) * config.n0
         return config.factor * float(quantile), num_in_ball >= least
     eps_out = eps_out_from_counts(statistics, ranks, config.n, config=config)
     lower = clopper_pearson_lower(num_in_ball, config.n0, config.alpha1 / 2)
     return eps_out, bool(lower >= 0.5 - config.delta)
+
+
+def _interpolated(config: CenterConfig) -> float:
+    """Where the published code reads the quantile, counted from 1."""
+    return interpolated_rank(config.n, hoeffding_level(config.n, config.level, config.alpha2))
 
 
 def _hoeffding_margin(config: CenterConfig) -> float:
@@ -131,8 +145,8 @@ def _stored_ranks(config: CenterConfig) -> np.ndarray:
     at_alphas = accepting_count(config.n, config.level, np.append(_STORED_ALPHAS, config.alpha2))
     ranks = [*at_alphas, config.n]
     if config.bound == "hoeffding":
-        below = math.floor(hoeffding_level(config.n, config.level, config.alpha2) * (config.n - 1))
-        ranks += [below + 1, below + 2]
+        below = math.floor(_interpolated(config))
+        ranks += [below, below + 1]
     return np.unique(np.minimum(ranks, config.n))
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from ur_jax.certify.center.adaptive import adaptive
@@ -16,7 +15,9 @@ from ur_jax.certify.center.certificate import CenterCertificate
 from ur_jax.certify.center.config import CenterConfig
 from ur_jax.certify.center.fixed import fixed
 from ur_jax.certify.enclosing import Center, enclose
+from ur_jax.certify.inputs import check_arguments, paired
 from ur_jax.certify.sampling import sample_outputs
+from ur_jax.checks import check_type
 from ur_jax.devices import data_mesh, replicate
 from ur_jax.encoders.base import Encoder
 from ur_jax.types import Array, Key
@@ -51,10 +52,13 @@ def center_smoothing(
     center lies within eps_out of z. Where the check at x fails, it abstains there. For the adaptive
     bounds the same holds whatever the number of thresholds and whenever the test stopped:
     thresholds are nested, so a false one implies that one and the same sequence is crossed.
-    Nothing is joint over images.
+    Nothing is joint over images, and two images of one index have the same noise: each certificate
+    holds as said, but they fail together.
 
-    "hoeffding" interpolates between order statistics as the published code does; its level is so
-    far above the exact one that the lower neighbour is a valid bound too.
+    "hoeffding" interpolates between two order statistics as the published code does. The inequality
+    says nothing of an interpolated value; the bound holds where the lower one of the two is an
+    exact bound as well, which the settings are checked for: the level is far above the exact one
+    but for a handful of samples.
 
     Args:
       encoder: the encoder f, with images [B,H,W,3] in [0,1] to representations [B,D].
@@ -66,27 +70,33 @@ def center_smoothing(
       batch_size: samples per device and forward pass; see `memory.fit_batch_size`.
       on_progress: called every few seconds with the number of samples since the last call.
 
-    Yields:
-      (index, certificate); in the order of the images for the fixed bounds, as they are decided for
-      the adaptive ones.
+    Returns:
+      (index, certificate) of each image, an iterator: in the order of the images for the fixed
+      bounds, as they are decided for the adaptive ones.
+
+    Raises:
+      UserError: for another model, settings or key, at once; for an image that is not [H,W,3] in
+        [0,1], or without an index, where it is taken.
 
     Reference: Kumar and Goldstein (2021), Algorithms 1 and 2, Theorems 1 and 2; Voracek (2024).
     """
+    check_type("encoder", encoder, Encoder)
+    check_arguments(key, config, CenterConfig, mesh, batch_size)
+    pairs = paired(images, indices, encoder)
     mesh = mesh or data_mesh()
     encoder, key = replicate(mesh, (encoder, key))
-    indices = iter(indices) if indices is not None else iter(range(np.iinfo(np.int32).max))
     first_stage = functools.partial(
         _find_center, encoder, key, config=config, mesh=mesh, batch_size=batch_size
     )
 
     def centered():
-        for image, index in zip(images, indices):  # no index is taken without an image
+        for index, image in pairs:
             image = replicate(mesh, jnp.asarray(image, jnp.float32))
             yield index, image, first_stage(image, index)
             on_progress(config.n0)
 
     run = adaptive if config.adaptive else fixed
-    yield from run(encoder, centered(), key, config, mesh, batch_size, on_progress)
+    return run(encoder, centered(), key, config, mesh, batch_size, on_progress)
 
 
 def _represent(encoder, images):

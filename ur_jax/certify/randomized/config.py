@@ -9,8 +9,10 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from ur_jax.certify.inputs import check_each, check_samples
+from ur_jax.checks import check_flag, check_number, check_whole
 from ur_jax.errors import UserError, unknown_name
-from ur_jax.stats.bounds import accepting_count, check_level, check_positive, check_probability
+from ur_jax.stats.bounds import accepting_count, check_level
 
 BOUNDS = ("exact", "union", "betting")
 
@@ -44,16 +46,16 @@ class RandomizedConfig:
     step: int = 128
 
     def __post_init__(self):
-        check_positive("sigma", self.sigma)
-        check_probability("alpha", self.alpha)
-        for name in ("n0", "n", "step"):
-            check_positive(name, getattr(self, name))
+        check_number(self, "sigma", above=0.0)
+        check_number(self, "alpha", above=0.0, below=1.0)
+        check_whole(self, "n0", "n", "step")
+        check_flag(self, "clip")
+        check_samples(self.n0 + self.n)
         if self.bound not in BOUNDS:
-            raise unknown_name("bound", self.bound, BOUNDS)
-        if any(not 0 <= r < math.inf for r in self.radii):
-            raise UserError(f"Expected finite radii >= 0 in pixel units, got {self.radii}.")
+            raise unknown_name("bound", str(self.bound), BOUNDS)
+        check_each("radii", self.radii, zero=True)
         if self.tolerance is not None:
-            check_positive("tolerance", self.tolerance)
+            check_number(self, "tolerance", above=0.0)
         share = self.alpha if self.bound == "exact" else self.alpha / 2
         for radius in self.radii or (0.0,):
             level = float(stats.norm.cdf(radius / self.sigma))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,9 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy import stats
 
+from ur_jax.certify.inputs import check_arguments, check_classifier, paired
 from ur_jax.certify.randomized.certificate import RadiusCertificate, make_certificate, sequence
 from ur_jax.certify.randomized.config import RandomizedConfig
-from ur_jax.certify.sequential import Rows, num_selection_pieces, stream
+from ur_jax.certify.sequential import Outcome, Rows, num_selection_pieces, stream
 from ur_jax.devices import data_mesh
 from ur_jax.probes.classifier import num_classes
 from ur_jax.stats.sequences import Table, level_table, looking_times, tolerance_table
@@ -42,7 +44,8 @@ def randomized_smoothing(
     this holds of all radii together and at whatever time the test stopped. Those bounds also
     decide "not robust"; some radius with Phi(radius / sigma) <= p is wrongly decided so, before the
     cap puts it out of reach, with probability at most alpha as well. Clipping is part of the
-    classifier that is smoothed. Nothing is joint over images.
+    classifier that is smoothed. Nothing is joint over images, and two images of one index have the
+    same noise: each certificate holds as said, but they fail together.
 
     Args:
       classifier: maps images [B,H,W,C] to logits [B,K]; a pytree such as `Classifier`, or a plain
@@ -55,19 +58,21 @@ def randomized_smoothing(
       batch_size: samples per device and forward pass; see `memory.fit_batch_size`.
       on_progress: called every few seconds with the number of samples since the last call.
 
-    Yields:
-      (index, certificate) as images are decided; not in the order of the images.
+    Returns:
+      (index, certificate) of each image, an iterator: as they are decided, not in the order of the
+      images.
 
     Raises:
-      ValueError: if the classifier's output is not [B,K] with K >= 2.
+      UserError: for an encoder instead of a classifier, other settings or another key, at once; for
+        an image that is not [H,W,3] in [0,1], or without an index, or if the classifier's output is
+        not [B,K] with K >= 2, where the image is taken.
 
     Reference: Cohen, Rosenfeld and Kolter (2019), Certify in Algorithm 2; Voracek (2024).
     """
     outcomes = _run(
-        classifier, images, key, config, config.n, indices, mesh, batch_size, on_progress
+        classifier, images, key, config, True, indices, mesh, batch_size, on_progress
     )
-    for outcome in outcomes:
-        yield outcome.index, make_certificate(outcome, config)
+    return ((outcome.index, make_certificate(outcome, config)) for outcome in outcomes)
 
 
 class Prediction(NamedTuple):
@@ -110,17 +115,24 @@ def smoothed_predictions(
       mesh: see there.
       batch_size: see there.
 
-    Yields:
-      (index, prediction) as images are done.
+    Returns:
+      (index, prediction) of each image, an iterator, as they are done.
+
+    Raises:
+      UserError: as `randomized_smoothing`.
 
     Reference: Cohen et al. (2019), Predict in Algorithm 1; Hung and Fithian (2019).
     """
-    for outcome in _run(classifier, images, key, config, 0, indices, mesh, batch_size, _ignore):
-        second, first = np.sort(outcome.counts)[-2:]
-        p_value = stats.binomtest(int(first), int(first + second)).pvalue if first else 1.0
-        abstained = bool(p_value > config.alpha or outcome.num_bad)
-        predicted = int(outcome.counts.argmax())
-        yield outcome.index, Prediction(predicted, abstained, outcome.counts, float(p_value))
+    outcomes = _run(classifier, images, key, config, False, indices, mesh, batch_size, _ignore)
+    return ((outcome.index, _prediction(outcome, config.alpha)) for outcome in outcomes)
+
+
+def _prediction(outcome: Outcome, alpha: float) -> Prediction:
+    """The prediction from an image's counts."""
+    second, first = np.sort(outcome.counts)[-2:]
+    p_value = stats.binomtest(int(first), int(first + second)).pvalue if first else 1.0
+    abstained = bool(p_value > alpha or outcome.num_bad)
+    return Prediction(int(outcome.counts.argmax()), abstained, outcome.counts, float(p_value))
 
 
 @dataclass(frozen=True)
@@ -177,13 +189,20 @@ def _tables(config: RandomizedConfig) -> Table:
     return tolerance_table(sequence(config), times, sigma=config.sigma, tolerance=tolerance)
 
 
-def _run(classifier, images, key, config, n, indices, mesh, batch_size, on_progress):
-    """Streams the outcomes of counting classes, with n samples after the selection."""
-    images = iter(images)
-    head = next(images, None)
+def _run(classifier, images, key, config, tests, indices, mesh, batch_size, on_progress):
+    """Streams the outcomes of counting classes; without `tests`, of the selection alone."""
+    check_classifier(classifier)
+    check_arguments(key, config, RandomizedConfig, mesh, batch_size)
+    pairs = paired(images, indices, classifier)
+    n, mesh = config.n if tests else 0, mesh or data_mesh()
+    return _outcomes(classifier, pairs, key, config, n, mesh, batch_size, on_progress)
+
+
+def _outcomes(classifier, pairs, key, config, n, mesh, batch_size, on_progress):
+    """The outcomes, from the first image on."""
+    head = next(pairs, None)
     if head is None:
         return
-    head = jnp.asarray(head, jnp.float32)
     if jax.tree_util.all_leaves([classifier]):  # a plain function
         classifier = jax.tree_util.Partial(classifier)
     method = _Classes(
@@ -192,24 +211,17 @@ def _run(classifier, images, key, config, n, indices, mesh, batch_size, on_progr
         n0=config.n0,
         n=n,
         step=config.step,
-        num_events=num_classes(classifier, head.shape),
+        num_events=num_classes(classifier, head[1].shape),
     )
     tables = _tables(config)
-    indices = iter(indices) if indices is not None else iter(range(_NEVER))
-
-    def jobs():
-        yield next(indices), head, ()
-        for image, index in zip(images, indices):  # no index is taken without an image
-            yield index, image, ()
-
     yield from stream(
         classifier,
-        jobs(),
+        ((index, image, ()) for index, image in itertools.chain([head], pairs)),
         key,
         method=method,
         tables=tables,
         answer=(np.int32(0), np.zeros(tables.accept.shape[1], np.int8)),
-        mesh=mesh or data_mesh(),
+        mesh=mesh,
         batch_size=batch_size,
         on_progress=on_progress,
     )
