@@ -345,7 +345,7 @@ import numpy as np
 from ur_jax.certify import CERTIFICATES, CertificateKind
 from ur_jax.certify.sampling import sample_outputs
 from ur_jax.devices import data_mesh
-from ur_jax.metrics import METRICS, Metric
+from ur_jax.metrics import METRICS, Column, Metric
 from ur_jax.runs import Row
 from ur_jax.stats.intervals import mean_interval
 from ur_jax.types import Curve
@@ -388,7 +388,10 @@ def curves(columns):
     yield Curve("toy", "toy", "spread", "share of images", "A toy.", spread, share, kind="step")
 
 
-METRICS.register("test_toy_spread", Metric("mean", "low", "Spread of a toy."))
+METRICS.register(
+    "test_toy_spread",
+    Metric("mean", "low", "Spread of a toy.", columns=(Column("certify", "the toy's spread"),)),
+)
 CERTIFICATES.register(
     "test-toy",
     CertificateKind(ToyConfig, "encoder", certify, lambda config: config.n, rows, curves=curves),
@@ -406,8 +409,7 @@ def toy(tmp_path):
         registry._items.pop(name, None)
 
 
-@pytest.mark.skipif(isinstance(METRICS, dict), reason="metrics are no registry yet")
-def test_a_certificate_from_outside_is_on_the_command_line_and_in_the_table(
+def test_a_certificate_from_outside_is_on_the_command_line_in_the_table_and_in_the_page(
     toy, tmp_path, capfd, monkeypatch
 ):
     monkeypatch.setattr(os, "cpu_count", jax.device_count)  # as many devices as there are already
@@ -434,3 +436,15 @@ def test_a_certificate_from_outside_is_on_the_command_line_and_in_the_table(
     assert summary.identity["method"] == "test-toy" and summary.identity["settings"]["n"] == 16
     [curve] = Certify.curves(out, summary, {})
     assert len(curve.x) == 4 and (out / "curves.png").stat().st_size > 1000
+    workdir = tmp_path / "workdir"
+    assert cli.run("report", [str(workdir), "--plugin", str(toy)]) == 0
+    assert ",test_toy_spread," in (workdir / "RESULTS.csv").read_text()
+    page = (workdir / "report.html").read_text()
+    assert "the toy&#39;s spread" in page and "A toy." in page
+    assert (workdir / "figures" / "toy.png").exists()
+
+
+def test_a_certificate_whose_settings_would_shadow_a_flag_is_refused():
+    with CERTIFICATES.replaced("images", CERTIFICATES["center"]):
+        with pytest.raises(UserError, match="another name for the certificate 'images'"):
+            cli.find("certify")

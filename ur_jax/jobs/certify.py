@@ -170,6 +170,8 @@ class Certify(Job):
             check_labelled(self.source(), indices)
 
     def compute(self, session: Session) -> None:
+        if self._kind.relative is not None:  # first: it refuses an encoder that has collapsed
+            self._clean_of_distribution(session)
         model, labels = self._smoothed(session)
         size = self.batch_size or self._fitting_batch_size(session, model)
         run, host = session.run, session.host
@@ -195,8 +197,6 @@ class Certify(Job):
         if images.unreadable:
             pairs = np.array(sorted(images.unreadable.items()), np.str_)
             run.write_part(f"unreadable-{host}", 0, {"unreadable": pairs})
-        if self._kind.relative is not None:
-            self._clean_of_distribution(session)
 
     def merge(self, session: Session) -> Summary:
         run = session.run
@@ -225,13 +225,15 @@ class Certify(Job):
         )
 
     def draw(self, session: Session) -> None:
-        from ur_jax.report import plots  # needs matplotlib, of the extra "report"
+        from ur_jax.report import canvas, figures  # need matplotlib, of the extra "report"
 
+        name, drawn = self.model.name, {}
         columns = runs.read_table(session.run.path / "certificates.parquet")
-        curves = list(self._kind.curves(columns))
-        if curves:
-            panels = [(curve.x, curve.value, curve.x_label) for curve in curves]
-            plots.plot_fractions(session.run.path / "curves.png", panels, curves[0].y_label)
+        for curve in self._kind.curves(columns):
+            drawn.setdefault(curve.figure, {})[curve.panel] = {name: curve}
+        for number, panels in enumerate(drawn.values(), start=1):
+            file = "curves.png" if number == 1 else f"curves-{number}.png"
+            canvas.save_png(figures.draw(panels, [name]), session.run.path / file)
 
     @classmethod
     def curves(
