@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from ur_jax import devices, runs
 from ur_jax.attacks.impersonation import ImpersonationConfig, attack
-from ur_jax.data import ImageBatch, evenly_spaced, labels
+from ur_jax.data import ImageBatch, check_batch_size, evenly_spaced, labels
 from ur_jax.devices import hosts
 from ur_jax.distances import distance
 from ur_jax.encoders import checkpoints
@@ -123,6 +123,7 @@ class Impersonate(Job):
         for place in (0, 1):
             self._members(place)
         devices.check_divisible(self.attack.batch_size, mesh)
+        check_batch_size(self.attack.batch_size, len(self.source()), self.model.input_size)
 
     @property
     def groups(self) -> tuple[Group, Group]:

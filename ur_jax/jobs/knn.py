@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from ur_jax import devices, metrics
 from ur_jax.checks import check_whole
-from ur_jax.data import evenly_spaced, labels
+from ur_jax.data import check_batch_size, evenly_spaced, labels
 from ur_jax.errors import UserError
 from ur_jax.jobs import parts
 from ur_jax.jobs.base import ImagesLike, Job, Session, register
@@ -80,6 +80,7 @@ class Knn(Job):
             labels.check_labelled(self.source(field), self.indices(field))
         self.test_classes()
         devices.check_divisible(self.batch_size, mesh)
+        check_batch_size(self.batch_size, number, self.model.input_size)
 
     def test_classes(self) -> np.ndarray:
         """Where the classes of the test images are among those of the voting images."""

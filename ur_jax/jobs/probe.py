@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from ur_jax import devices, runs
 from ur_jax.checks import check_whole
-from ur_jax.data import ProbeViews, ViewConfig, evenly_spaced, labels
+from ur_jax.data import ProbeViews, ViewConfig, check_batch_size, evenly_spaced, labels
 from ur_jax.devices import hosts
 from ur_jax.encoders import checkpoints
 from ur_jax.errors import DamagedError, UserError
@@ -107,6 +107,7 @@ class Probe(Job):
         shares = self.cached or jax.process_count() == 1  # else a batch is one of all hosts
         whole = mesh if shares else devices.data_mesh(jax.devices())
         devices.check_divisible(self.training.batch_size, whole)
+        check_batch_size(self.training.batch_size, len(self.indices()), self.model.input_size)
 
     def test_classes(self) -> np.ndarray:
         """Where the classes of the test images are among those of the training images."""
