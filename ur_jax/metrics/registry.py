@@ -124,9 +124,9 @@ def _of_own_kind(row: Any, identity: Mapping[str, Any]) -> bool:
     return row.images == identity.get("views", {}).get("kind", row.images)
 
 
-def _of_center(row: Any, identity: Mapping[str, Any]) -> bool:
+def _of_representations(row: Any, identity: Mapping[str, Any]) -> bool:
     """A certificate of the representation, not of a classifier."""
-    return identity.get("method", "center") == "center"
+    return identity.get("method") != "randomized"
 
 
 def _both_ways(row: Any, identity: Mapping[str, Any]) -> bool:
@@ -229,7 +229,7 @@ def _register_certificates() -> None:
     """Of both kinds of smoothing."""
     add = METRICS.register
     center = lambda title, headline=False: (
-        Column("certify", title, headline=headline, shown=_of_center),
+        Column("certify", title, headline=headline, shown=_of_representations),
     )
     randomized = lambda title, headline=False, shown=_every: (
         Column("certify", title, True, headline, shown),

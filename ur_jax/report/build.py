@@ -90,9 +90,9 @@ class Material(NamedTuple):
 
     @property
     def encoders(self) -> list[str]:
-        """Labels of all encoders."""
-        known = [encoder for encoder, _ in (*self.found.summaries, *self.found.damaged)]
-        return sorted({*known, *self.planned})
+        """Labels of all encoders: of those that have numbers, or should have."""
+        known = [encoder for (encoder, _), each in self.found.summaries.items() if each.rows]
+        return sorted({*known, *(encoder for encoder, _ in self.found.damaged), *self.planned})
 
 
 def read(workdir: Path) -> Material:
