@@ -19,7 +19,7 @@ from ur_jax.jobs import JOBS
 from ur_jax.metrics import METRICS
 from ur_jax.report import build, collect, figures, page
 from ur_jax.report.compare import Compared
-from ur_jax.runs import Row
+from ur_jax.runs import Row, Summary
 from ur_jax.types import Curve
 
 
@@ -128,6 +128,21 @@ def test_what_is_no_working_directory_is_left_as_it_is(tmp_path):
         with pytest.raises(ValueError, match="WORKDIR/ENCODER/STAGE"):
             build.main(build.Config(folder))
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_was_left_out_is_said(tmp_path):
+    row = Row("overlap_risk", 0.5, 0.4, 0.6, 7, n_excluded=2, excluded="two copies")
+    unreadable = {f"{i}.png": "truncated" for i in range(5)}
+    folder = tmp_path / "net" / "overlap"
+    folder.mkdir(parents=True)
+    Summary("evaluate", "", {}, (row,), unreadable).write(folder)
+    text = page.render(
+        page.Page(
+            "", "", "", [page.Section("n", "", list(build._numbers(collect.collect(tmp_path))))]
+        )
+    )
+    assert "Left out of overlap_risk: two copies" in text and "<button>n_excluded</button>" in text
+    assert "net/overlap: 5 unreadable images were left out: 0.png (truncated), 1.png" in text
 
 
 def _shown(row):

@@ -32,6 +32,9 @@ HISTORY = (
 DISTRIBUTION = 6
 """The stream of random numbers that shuffles the bank."""
 
+_NO_VALUE = (
+    "two copies of an image, with no ratio to their distance of 0, or outputs that are not finite"
+)
 _LEVELS = np.arange(1, 1000) / 1000
 _NUM_NEIGHBOURS = 5
 
@@ -139,11 +142,8 @@ def overlap_rows(run: Run, config: EvaluationConfig) -> Iterator[Row]:
     for d in DIVERGENCES:
         columns |= {name: part[name] for name in (f"margin_{d}", f"clean_dist_{d}")}
         margins = part[f"margin_{d}"]
-        margins = margins[np.isfinite(margins)]  # two copies of an image have none
-        for name, value in (
-            ("adversarial_margin", margins),
-            ("overlap_risk", (margins < 0).astype(np.float32)),
-        ):
+        is_below = np.where(np.isfinite(margins), margins < 0, np.nan)
+        for name, value in (("adversarial_margin", margins), ("overlap_risk", is_below)):
             yield _summarised(
                 name, value, divergence=d, eps=config.overlap_eps, step=config.overlap_steps
             )
@@ -236,6 +236,9 @@ def _attack_columns(part, mode, eps, shares) -> dict[str, np.ndarray]:
 
 
 def _summarised(metric: str, values, **settings) -> Row:
-    """The row of the finite values: a ratio to the distance of two copies of an image is none."""
+    """The row of the finite values; it tells how many there are besides, and why."""
     values = np.asarray(values)
-    return Row.of(metric, metrics.summarise(metric, values[np.isfinite(values)]), **settings)
+    finite = np.isfinite(values)
+    if not finite.all():
+        settings |= {"n_excluded": int(np.sum(~finite)), "excluded": _NO_VALUE}
+    return Row.of(metric, metrics.summarise(metric, values[finite]), **settings)

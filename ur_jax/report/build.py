@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -253,12 +253,22 @@ def _numbers(found: collect.Results) -> Iterator[Block]:
         return
     for sentence in exclusions(number.row for number in found.numbers):
         yield page.Paragraph(sentence)
+    for place, summary in found.summaries.items():
+        if summary.unreadable:
+            yield page.Paragraph(_unreadable("/".join(place), summary.unreadable))
     excluded = any(line["n_excluded"] for line in lines)
     left_out = {"schema", "weights", *(() if excluded else ("n_excluded",))}
     names = [name for name in collect.COLUMNS if name not in left_out]
     columns = {name: [line[name] for line in lines] for name in names}
     text = ("encoder", "stage", "metric", "divergence", "images", "config")
     yield page.plain_table(columns, identifier="all-numbers", text=text)
+
+
+def _unreadable(place: str, unreadable: Mapping[str, str]) -> str:
+    """How many images of a stage were left out, and the first of them."""
+    shown = [f"{name} ({why})" if why else name for name, why in [*unreadable.items()][:3]]
+    more = ", ..." if len(unreadable) > 3 else ""
+    return f"{place}: {len(unreadable)} unreadable images were left out: {', '.join(shown)}{more}"
 
 
 def _origin(material: Material) -> Iterator[Block]:
