@@ -193,3 +193,17 @@ def test_flags_of_every_command_are_checked(words, capsys):
     assert cli.run("evaluate", words) == 2
     said = capsys.readouterr().out
     assert "error:" in said and "Traceback" not in said
+
+
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        cli.keep_compilations()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ur_jax")
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+        cli.keep_compilations()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -18,8 +18,7 @@ from ur_jax import cli
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = pathlib.Path(ur_jax.__file__).parent
 READMES = sorted(
-    path
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("experiments/**/*.md"), *PACKAGE.rglob("*.md"))
+    path for path in (*ROOT.glob("*.md"), *ROOT.glob("experiments/**/*.md"), *PACKAGE.rglob("*.md"))
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

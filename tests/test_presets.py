@@ -1,6 +1,6 @@
 """A changed default shows up in a diff: every command's presets, as they are written in `presets/`.
 
-    python tests/test_presets.py        # writes them anew
+python tests/test_presets.py        # writes them anew
 """
 
 from __future__ import annotations
