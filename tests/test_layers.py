@@ -11,7 +11,7 @@ import ur_jax
 
 ROOT = pathlib.Path(ur_jax.__file__).parent
 LAYERS = (
-    ("types", "errors", "registry", "checks"),
+    ("types", "errors", "registry", "checks", "typed"),
     ("stats",),
     ("devices", "distances"),
     ("metrics",),

@@ -275,7 +275,7 @@ def test_a_probe_under_other_noise_is_warned_of(tmp_path):
         ({"method": "centre"}, "did you mean 'center'"),
         ({"config": CENTER, "batch_size": 0}, "batch_size >= 1"),
         ({"config": CENTER, "num_images": 0}, "num_images >= 1, got 0"),
-        ({"config": CENTER, "num_images": 2.5}, "num_images >= 1, got 2.5"),
+        ({"config": CENTER, "num_images": 2.5}, "num_images to be an integer, got 2.5"),
         ({"config": CENTER, "num_images": 99}, "99 samples of a listing of 8"),
         ({"config": CENTER, "num_distribution": 1}, "num_distribution >= 2"),
         ({"config": CENTER, "seed": -1}, "seed >= 0"),

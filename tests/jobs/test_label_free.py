@@ -197,7 +197,7 @@ def test_bad_input(source):
     ):
         with pytest.raises(UserError, match=message):
             job(source, **change).run(progress=quiet)
-    with pytest.raises(UserError, match="Unknown stage 'overlpa'"):
+    with pytest.raises(UserError, match="Unknown stages 'overlpa'; did you mean 'overlap'"):
         dataclasses.replace(job(source), stages=("overlpa",)).run(progress=quiet)
     for change, message in (
         ({"eps": (0.0,)}, "eps > 0"),

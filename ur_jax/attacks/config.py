@@ -10,6 +10,7 @@ from ur_jax.attacks.ball import UNIT, check_norm
 from ur_jax.attacks.rules import RULES
 from ur_jax.checks import check_flag, check_number, check_whole
 from ur_jax.errors import UserError
+from ur_jax.typed import check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class AttackConfig:
     rule: str = "fixed"
 
     def __post_init__(self):
+        check_types(self)
         check_norm(self.norm)
         # No two pixels differ by more than 1: a larger radius was meant for pixels of 0 to 255.
         most = 1.0 if self.norm == "linf" else math.inf

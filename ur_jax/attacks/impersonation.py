@@ -16,6 +16,7 @@ from ur_jax.attacks import AttackConfig, random_start, u_pgd
 from ur_jax.checks import check_whole
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError
+from ur_jax.typed import check_types
 from ur_jax.types import Array
 
 
@@ -47,6 +48,7 @@ class ImpersonationConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_types(self)
         steps = (0, *self.read_at)
         if not self.read_at or any(b <= a for a, b in zip(steps, steps[1:])):
             raise UserError(f"Expected increasing read_at, from 1 on, got {self.read_at}.")

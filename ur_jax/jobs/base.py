@@ -37,6 +37,7 @@ from ur_jax.probes.classifier import Classifier
 from ur_jax.registry import Registry
 from ur_jax.runs import Run, lock
 from ur_jax.runs.summary import Summary
+from ur_jax.typed import check_types
 from ur_jax.types import Curve
 
 J = TypeVar("J", bound="Job")
@@ -100,6 +101,9 @@ class Job(abc.ABC):
     def command(cls) -> type[Job]:
         """The class whose fields are the command's flags: this one, unless flags are registered."""
         return cls
+
+    def __post_init__(self):
+        check_types(self, but=(tyro.MISSING,))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class Impersonate(Job):
     attack: tyro.conf.OmitArgPrefixes[ImpersonationConfig] = ImpersonationConfig()
 
     def __post_init__(self):
+        super().__post_init__()
         labels.parse_map(self.class_map)
 
     @property

@@ -57,6 +57,7 @@ class Knn(Job):
     another output."""
 
     def __post_init__(self):
+        super().__post_init__()
         check_whole(self, "num_images", "num_test_images", optional=True)
         check_whole(self, "k", "batch_size")
         labels.parse_map(self.class_map)

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from ur_jax import devices, metrics, runs
 from ur_jax.attacks import AttackConfig, u_pgd
+from ur_jax.checks import check_whole
 from ur_jax.data import ImageBatch, check_batch_size, evenly_spaced, load_uint8
 from ur_jax.devices import hosts, memory
 from ur_jax.distances import distance
@@ -35,6 +36,7 @@ from ur_jax.jobs import parts
 from ur_jax.jobs.base import Curve, Job, Session, register
 from ur_jax.jobs.label_free_tables import DIVERGENCES
 from ur_jax.runs.summary import Summary
+from ur_jax.typed import check_types
 from ur_jax.types import Array
 
 STAGES = ("distances", "attacks", "overlap", "breakaway")
@@ -94,6 +96,8 @@ class EvaluationConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_types(self)
+        check_whole(self, "overlap_steps", "breakaway_steps")
         if not self.eps or not self.read_at or min(self.read_at) < 1:
             raise UserError(
                 f"Expected at least one eps and steps read_at >= 1, got {self.eps}, {self.read_at}."

@@ -72,6 +72,7 @@ class Probe(Job):
     training: tyro.conf.OmitArgPrefixes[ProbeConfig] = ProbeConfig()
 
     def __post_init__(self):
+        super().__post_init__()
         check_whole(self, "num_images", "num_test_images", optional=True)
         check_whole(self, "num_draws")
         check_whole(self, "seed", least=0)

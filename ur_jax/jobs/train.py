@@ -100,6 +100,7 @@ class Train(Job):
     """Steps between checkpoints, beside those at the end of epochs."""
 
     def __post_init__(self):
+        super().__post_init__()
         _check_choice("attack", self.attack, ("none", *training.ATTACKS))
         _check_choice("optimizer", self.optimizer, _OPTIMIZERS)
         _check_choice("dtype", self.dtype, DTYPES)

@@ -20,6 +20,7 @@ from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.performance import work
 from ur_jax.performance.timing import Peaks, Times, Workload, device_peaks, time_by_turns
+from ur_jax.typed import check_types
 
 AGAINST = ("nothing", "torch")
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch")
@@ -55,6 +56,7 @@ class Sweep:
     repeats: int = 5
 
     def __post_init__(self):
+        check_types(self)
         known = {"works": work.WORKS, "encoders": ENCODERS, "dtypes": DTYPES}
         for field, names in known.items():
             for name in getattr(self, field):

@@ -22,6 +22,7 @@ import optax
 
 from ur_jax.checks import check_number, check_whole
 from ur_jax.errors import UserError
+from ur_jax.typed import check_types
 from ur_jax.types import Array, Key
 
 _EPSILON = 1e-6  # of the normalised features
@@ -56,6 +57,7 @@ class ProbeConfig:
     batch_norm: bool = False
 
     def __post_init__(self):
+        check_types(self)
         check_whole(self, "num_epochs", "batch_size")
         check_number(self, "learning_rate", "decay", above=0.0)
         check_number(self, "momentum", least=0.0, below=1.0)

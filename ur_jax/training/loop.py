@@ -32,6 +32,7 @@ from ur_jax.training.step import (
     train_step,
 )
 from ur_jax.training.views import AugmentConfig, augment
+from ur_jax.typed import check_types
 from ur_jax.types import Array, Key
 
 
@@ -59,6 +60,7 @@ class LoopConfig:
     save_every: int = 1000
 
     def __post_init__(self):
+        check_types(self)
         check_whole(self, "num_epochs", "num_parts", "log_every", "save_every")
 
 

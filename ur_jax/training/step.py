@@ -36,6 +36,7 @@ from flax import struct
 
 from ur_jax.attacks import AttackConfig, image_keys, loss_pgd
 from ur_jax.errors import UserError, unknown_name
+from ur_jax.typed import check_types
 from ur_jax.types import Array, Key, PyTree
 
 ATTACKS = ("untargeted", "targeted", "loss")
@@ -120,6 +121,7 @@ class Adversary:
     config: AttackConfig = AttackConfig(eps=0.05, step_size=0.005, num_steps=3)
 
     def __post_init__(self):
+        check_types(self)
         if self.kind not in ATTACKS:
             raise unknown_name("attack", self.kind, ATTACKS)
         if self.kind == "untargeted" and not self.config.random_start:
