@@ -28,9 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from ur_jax.errors import UserError, unknown_name
+from ur_jax.errors import UserError, shown, unknown_name
 
-_LONGEST = 80
 _PLAIN: dict[Any, tuple[Any, str]] = {
     bool: ((bool, np.bool_), "True or False"),
     int: (numbers.Integral, "an integer"),
@@ -57,7 +56,7 @@ def check_types(config: Any, *, but: tuple[Any, ...] = ()) -> None:
             for name in wrong:
                 if isinstance(name, str) and name not in names:
                     raise unknown_name(field, name, names)
-        raise UserError(f"Expected {field} to be {words(kind)}, got {_shown(value)}.")
+        raise UserError(f"Expected {field} to be {words(kind)}, got {shown(value)}.")
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -102,18 +101,14 @@ def words(kind: Any) -> str:
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
-def _shown(value: Any) -> str:
-    """A value on one line, not too long."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-
-
 def _names(kind: Any) -> tuple[str, ...]:
     """The texts that a type allows, alone or several in a tuple; () of any other type."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple and len(inner) == 2 and inner[1] is Ellipsis:
         return _names(inner[0])
-    return tuple(each for each in inner if isinstance(each, str)) if origin is typing.Literal else ()
+    return (
+        tuple(each for each in inner if isinstance(each, str)) if origin is typing.Literal else ()
+    )
 
 
 @functools.cache
