@@ -149,3 +149,13 @@ def test_a_large_tree_is_in_the_order_of_the_names(tmp_path):
     assert list(source.class_names) == classes
     labels = [classes.index(first(name)) if first(name) else -1 for name in expected]
     assert [source.label(i) for i in range(len(source))] == labels
+
+
+def test_pictures_of_other_kinds_are_told(tmp_path):
+    for name in ("a.gif", "b.HEIC", "c.heic"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="found none, but 2 .heic, 1 .gif; convert them"):
+        data.FolderSource(tmp_path)
+    flat(1).save(tmp_path / "d.png")
+    with pytest.warns(UserWarning, match="left out pictures of kinds .* 2 .heic, 1 .gif; convert"):
+        assert len(data.FolderSource(tmp_path)) == 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -177,3 +179,23 @@ def test_demo_views_and_a_source_of_ones_own():
     assert views().content_hash == views(of=Squares(1, 2)).content_hash
     others = {views("standard"), views(draw=1), views(of=Squares(1, 3))}
     assert views().content_hash not in {view.content_hash for view in others}
+
+
+def test_an_interruption_does_not_wait_for_what_is_being_read(photos, monkeypatch):
+    begun = []
+
+    def slow(path):
+        begun.append(path)
+        if len(begun) == 2:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # Ctrl-C
+        time.sleep(0.02)
+        return (1, 1, 1, 1), bytes(16)
+
+    monkeypatch.setattr(identity, "_hash_one", slow)
+    monkeypatch.setattr(identity, "_THREADS", 2)
+    monkeypatch.setattr(identity, "_CHUNK", 1000)
+    names = [f"{i}.png" for i in range(4000)]
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        identity.hash_files(photos, names)
+    assert time.monotonic() - start < 5 and len(begun) < 400

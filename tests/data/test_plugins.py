@@ -86,6 +86,8 @@ def test_a_corruption_from_a_file_is_a_kind_of_view(plugin):
     config = data.ViewConfig("test-inverted", augment=False)
     views = data.ProbeViews(Given(image), make_encoder((8, 8)), config, random=False)
     np.testing.assert_array_equal(np.asarray(views[0].pixels), 255 - image)
+    words = "--encoder demo --images demo --test-images demo --out out --kind test-inverted".split()
+    assert cli.parse(cli.find("probe"), words).job.views.kind == "test-inverted"
     assert not config.is_random and data.ViewConfig("noisy", augment=False).is_random
 
 

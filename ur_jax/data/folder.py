@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,12 @@ from ur_jax.errors import UserError, shown
 
 # The files that torchvision's ImageFolder lists, so that the paper's subsets are ours.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+OTHER_SUFFIXES = (
+    ".gif", ".jfif", ".jp2", ".j2k", ".jxl", ".heic", ".heif", ".avif", ".tga", ".psd", ".svg",
+    ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr", ".dcm", ".npy",
+)  # fmt: skip
+"""Pictures of other kinds, which are not listed: a folder of them is told so."""
 
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 """What archives, file systems and servers put beside one's own folders."""
@@ -54,6 +61,13 @@ class FolderSource(ImageSource):
                 "give the folder that holds the images or their class folders."
             )
         listing = _list(self.spec, os.fspath(self._root))
+        others = ", ".join(f"{number} {suffix}" for suffix, number in listing.others.most_common())
+        if others and listing.names:
+            warnings.warn(
+                f"{self.spec!r}: left out pictures of kinds that are not read: {others}; convert "
+                "them, to PNG for instance, if they belong to the images.",
+                stacklevel=3,
+            )
         if listing.left_out:
             examples = ", ".join(sorted(map(printable, listing.left_out))[:5])
             warnings.warn(
@@ -64,7 +78,8 @@ class FolderSource(ImageSource):
         if not listing.names:
             raise UserError(
                 f"{self.spec!r}: expected image files ({', '.join(IMAGE_SUFFIXES)}) under "
-                f"{self._root.absolute()}, found none; check the path."
+                f"{str(self._root.absolute())!r}, found none{others and f', but {others}'}; "
+                f"{'convert them' if others else 'check the path'}."
             )
         self._names = listing.names
         classes = sorted({_first_level(folder) for folder in listing.folders} - {""})
@@ -115,17 +130,20 @@ def printable(name: str) -> str:
 
 
 class _Listing(NamedTuple):
-    """The image files of a folder in order, the folders that they lie in, what is left out."""
+    """The image files of a folder in order, the folders that they lie in, what is left out; how
+    many pictures of other kinds there are, by suffix."""
 
     names: list[str]
     folders: list[str]
     left_out: list[str]
+    others: Counter[str]
 
 
 def _list(spec: str, root: str) -> _Listing:
     """Lists the image files under a folder."""
     files_of: dict[str, list[str]] = {}
     left_out: list[str] = []
+    others: Counter[str] = Counter()
     # Folders to list, with the places of those on the way to them and of themselves.
     pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while pending:
@@ -152,13 +170,15 @@ def _list(spec: str, root: str) -> _Listing:
                 files.append(name)
             elif kind == "loop" or is_image:
                 left_out.append(prefix + name)
+            elif name.lower().endswith(OTHER_SUFFIXES):
+                others[os.path.splitext(name)[1].lower()] += 1
         if files:
             files_of[folder] = sorted(files)
     folders = sorted(files_of, key=lambda folder: (_first_level(folder), folder))
     names = [
         f"{folder}/{file}" if folder else file for folder in folders for file in files_of[folder]
     ]
-    return _Listing(names, folders, left_out)
+    return _Listing(names, folders, left_out, others)
 
 
 def _kind(spec: str, entry: os.DirEntry[str]) -> str:

@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -98,10 +99,11 @@ def _complete(folder: str, hashes: _Hashes, is_known: np.ndarray, cache: Path) -
     missing = np.flatnonzero(~is_known)
     is_settled = is_known.copy()
     began = said = kept = time.monotonic()
+    stop = threading.Event()  # else whoever interrupts waits for files that are being read
     try:
         with ThreadPoolExecutor(_THREADS) as pool:
             chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
-            work = lambda rows: _hash_chunk(folder, [hashes.names[row] for row in rows])
+            work = lambda rows: _hash_chunk(folder, [hashes.names[row] for row in rows], stop)
             try:
                 done = 0
                 for rows, found in zip(chunks, pool.map(work, chunks), strict=True):
@@ -116,17 +118,22 @@ def _complete(folder: str, hashes: _Hashes, is_known: np.ndarray, cache: Path) -
                         kept = now
                         _write(cache, hashes, is_settled)
             except BaseException:
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     finally:
         _write(cache, hashes, is_settled)
 
 
-def _hash_chunk(folder: str, names: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _hash_chunk(
+    folder: str, names: list[bytes], stop: threading.Event
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Stamps, digests, and whether a file has been at rest for long enough to be recalled."""
     stamps, digests = np.zeros(len(names), _STAMP), np.zeros((len(names), _DIGEST), np.uint8)
     now = time.time_ns()
     for row, name in enumerate(names):
+        if stop.is_set():
+            break
         path = os.path.join(os.fsencode(folder), name)
         stamp, digest = retried(lambda path=path: _hash_one(path), repr(os.fsdecode(path)))
         stamps[row], digests[row] = stamp, np.frombuffer(digest, np.uint8)

@@ -247,6 +247,7 @@ def make_plan(config: Config) -> Plan:
     Raises:
       UserError: for two encoders of one label, or images that cannot be opened.
     """
+    data.check_workers(config.num_workers)
     specs = image_specs(config)
     opened = {spec: data.open_images(spec) for spec in dict.fromkeys(specs.values()) if spec}
     sources = {use: opened.get(spec or "") for use, spec in specs.items()}
