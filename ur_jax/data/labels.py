@@ -18,11 +18,12 @@ ClassMap = Mapping[str, str] | Sequence[str]
 """Names that differ: {theirs: ours}, or "theirs=ours" each, as a command line has them."""
 
 
-def check_classes(source: ImageSource) -> None:
-    """Raises UserError unless the images of a source have at least two classes."""
-    if len(source.class_names) < 2:
+def check_classes(source: ImageSource, least: int = 2) -> None:
+    """Raises UserError unless the images of a source have classes, at least so many."""
+    if len(source.class_names) < least:
+        many = f"at least {least} classes" if least > 1 else "a class or more"
         raise UserError(
-            f"Expected labelled images of at least 2 classes, got {source.spec!r} with "
+            f"Expected labelled images of {many}, got {source.spec!r} with "
             f"{list(source.class_names)}; give a folder with a sub-folder per class, or a labelled "
             "data set."
         )

@@ -17,6 +17,7 @@ Reference: Petrov & Kwiatkowska 2022 (arXiv:2210.04076), section 5.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -121,8 +122,11 @@ class Impersonate(Job):
             labels.find_class("class of the images in the class map", name, theirs)
             labels.find_class("class of the probe", other, ours)
         check_groups(self.groups, self.classifier.bias.shape[0])
-        for place in (0, 1):
-            self._members(place)
+        for group, members in zip(self.groups, self._members):
+            if not len(members):
+                raise UserError(
+                    f"Expected images of {group.name!r} in {self.source().spec!r}, found none."
+                )
         devices.check_divisible(self.attack.batch_size, mesh)
         check_batch_size(self.attack.batch_size, len(self.source()), self.model.input_size)
 
@@ -202,13 +206,13 @@ class Impersonate(Job):
             shown[place]["success"] = np.isin(shown[place].pop("predicted"), other.classes)
         return {name: np.concatenate([part[name] for part in shown]) for name in shown[0]}
 
-    def _members(self, place: int) -> np.ndarray:
-        """The positions of all images of a group."""
-        group, source = self.groups[place], self.source()
-        chosen = [i for i in range(len(source)) if source.label(i) in group.labels]
-        if not chosen:
-            raise UserError(f"Expected images of {group.name!r} in {source.spec!r}, found none.")
-        return np.array(chosen)
+    @functools.cached_property
+    def _members(self) -> tuple[np.ndarray, np.ndarray]:
+        """The positions of all images of each group."""
+        source = self.source()
+        found = np.array([source.label(index) for index in range(len(source))])
+        first, second = (np.flatnonzero(np.isin(found, group.labels)) for group in self.groups)
+        return first, second
 
     def _classify(self, session: Session, place: int) -> None:
         """Predicted classes of all images of a group."""
@@ -217,7 +221,7 @@ class Impersonate(Job):
             return {"predicted": self._predict(devices.shard(session.mesh, batch.images))}
 
         title = f"{self.groups[place].name}: clean images"
-        self._stage(session, f"clean_{place}", title, compute, self._members(place))
+        self._stage(session, f"clean_{place}", title, compute, self._members[place])
 
     def _attack(self, session: Session, place: int, own: np.ndarray, others: np.ndarray) -> None:
         """Attacks some images of a group towards the other's: values (N,R) at each reading."""

@@ -76,8 +76,8 @@ class Knn(Job):
         number = len(self.indices())
         if self.k > number:
             raise UserError(f"Expected k <= {number}, the voting images, got {self.k}.")
-        for field in self.image_fields:
-            labels.check_classes(self.source(field))
+        for field, least in zip(self.image_fields, (2, 1)):
+            labels.check_classes(self.source(field), least)
             labels.check_labelled(self.source(field), self.indices(field))
         self.test_classes()
         devices.check_divisible(self.batch_size, mesh)
