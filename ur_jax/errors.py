@@ -28,7 +28,7 @@ class DamagedError(UserError):
     """A file that is not as it was written; `path` is the file."""
 
     def __init__(self, path, why: str, remedy: str):
-        super().__init__(f"{path} is damaged: {why}. {remedy}")
+        super().__init__(f"{path} is damaged: {why.rstrip('.')}. {remedy}")
         self.path = path
 
 

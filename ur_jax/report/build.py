@@ -20,7 +20,7 @@ import tyro
 from PIL import UnidentifiedImageError
 
 from ur_jax import runs
-from ur_jax.errors import UserError
+from ur_jax.errors import DamagedError
 from ur_jax.jobs.progress import console
 from ur_jax.report import collect, compare, figures, page
 from ur_jax.report.page import Block, Section
@@ -109,8 +109,10 @@ def read(workdir: Path) -> Material:
                 "command": str(content["command"]),
                 "stages": dict(content["stages"]),
             }
-        except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{path} is no plan ({error}): repeat the benchmark's command.")
+        except (DamagedError, OSError) as error:  # which names the file
+            problems.append(str(error))
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(f"{path} is no plan ({error!r}): repeat the benchmark's command.")
     places = {*found.summaries, *found.damaged}
     places |= {(encoder, stage) for encoder, plan in planned.items() for stage in plan["stages"]}
     records = {place: plan.read_record(workdir.joinpath(*place)) for place in sorted(places)}
@@ -264,6 +266,11 @@ def _numbers(found: collect.Results) -> Iterator[Block]:
     yield page.plain_table(columns, identifier="all-numbers", text=text)
 
 
+def _short_commit(commit: str) -> str:
+    """The first digits of a commit, and whether there were changes besides."""
+    return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
+
+
 def _unreadable(place: str, unreadable: Mapping[str, str]) -> str:
     """How many images of a stage were left out, and the first of them."""
     shown = [f"{name} ({why})" if why else name for name, why in [*unreadable.items()][:3]]
@@ -290,17 +297,22 @@ def _origin(material: Material) -> Iterator[Block]:
                 "device": made_by.get("device"),
                 "precision": made_by.get("matmul_precision"),
                 "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
-                "commit": made_by.get("commit"),
+                "commit": _short_commit(str(made_by.get("commit", ""))),
             }
         )
     columns = {name: [row[name] for row in rows] for name in rows[0]}
+    same = ("device", "precision", "versions", "commit")
+    common = [name for name in same if len(set(columns[name])) == 1 and len(rows) > 1]
+    if common:
+        shown = "; ".join(f"{name} {columns.pop(name)[0]}" for name in common)
+        yield page.Paragraph(f"All stages: {shown}.")
     yield page.Paragraph(
         "Seconds are those of the last session; with more than one session the stage was "
         "interrupted and took longer in all. The hash of the configuration is the one in the "
         "table of all numbers.",
         "soft",
     )
-    text = ("stage", "config", "device", "precision", "versions", "commit")
+    text = ("stage", "config", *same)
     yield page.plain_table(columns, identifier="all-stages", text=text)
     configurations = [
         page.Fold("/".join(place), [page.Code(json.dumps(summary.identity, indent=1))])

@@ -92,7 +92,7 @@ def gather(
         try:
             curves = list(job.curves(folder, summary, found.siblings(encoder, stage)))
         except (OSError, ValueError, KeyError) as error:  # of a table that is damaged or not there
-            problems.append(f"{encoder}/{stage}: its curves cannot be drawn ({error})")
+            problems.append(f"{encoder}/{stage}: no curves are drawn. {error}")
             continue
         for curve in curves:
             if not len(curve.x):
