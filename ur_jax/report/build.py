@@ -90,7 +90,7 @@ class Material(NamedTuple):
 
     @property
     def encoders(self) -> list[str]:
-        """Labels of all encoders: of those that have numbers, or should have."""
+        """Labels of all encoders: of those that have numbers, as a training has not, or should."""
         known = [encoder for (encoder, _), each in self.found.summaries.items() if each.rows]
         return sorted({*known, *(encoder for encoder, _ in self.found.damaged), *self.planned})
 

@@ -97,9 +97,7 @@ def collect(workdir: Path) -> Results:
         if any(name.startswith(".") for name in place):
             continue
         try:
-            summary = Summary.read(path)
-            if summary.rows:  # a training reports none, and is no stage
-                summaries[place] = summary
+            summaries[place] = Summary.read(path)
         except (UserError, OSError) as error:
             damaged[place] = str(error)
     if not (summaries or damaged or any(workdir.glob("*/plan.json"))):
