@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from ur_jax.encoders.networks.resnet import (
     resnet18,
     resnet50,
 )
+from ur_jax.errors import UserError
 
 SIZE = (8, 6)
 
@@ -192,3 +195,96 @@ def test_bad_input():
     variables = network.init(jax.random.key(0), _images())
     with pytest.raises(ValueError, match="representation 'projection'.*backbone"):
         from_fn(NetworkFn(network, "projection"), variables, input_size=SIZE)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"std": (np.nan, 1.0, 1.0)}, "finite std in every channel"),
+        ({"std": (1.0, np.inf, 1.0)}, "finite std in every channel"),
+        ({"mean": (0.5, np.nan, 0.5)}, "finite mean in every channel"),
+        ({"std": (-1.0, 1.0, 1.0)}, "std > 0"),
+        ({"std": (1.0, 1.0)}, "std of 3 channels"),
+        ({"std": 0.5}, "std of 3 channels"),
+        ({"mean": ("a", "b", "c")}, "mean of 3 channels"),
+        ({"input_size": 224}, r"\(height, width\) in pixels.*got 224"),
+        ({"input_size": (0, 8)}, r"\(height, width\)"),
+        ({"input_size": (8.5, 8)}, r"\(height, width\)"),
+        ({"input_size": (8, 8, 3)}, r"\(height, width\)"),
+        ({"params": {"w": "text"}}, "got str 'text' at 'w'"),
+        ({"params": {"a": [np.array([object()])]}}, "got ndarray .* at 'a/0'"),
+        ({"params": {"w": np.array([1.0, np.nan])}}, "NaN or infinite in w"),
+        ({"apply_fn": None}, "Expected a function .* got NoneType"),
+        ({"apply_fn": lambda p, x: x.argmax(1).reshape(len(x), -1)}, "one floating-point array"),
+        ({"apply_fn": lambda p, x: {"a": x.mean((1, 2))}}, "pick one of several"),
+        ({"apply_fn": lambda p, x: x.mean()}, "one floating-point array"),
+        ({"apply_fn": lambda p, x: x.mean((1, 2))[:, :0]}, "one floating-point array"),
+    ],
+)
+def test_from_fn_refuses_what_makes_no_sense(settings, message):
+    settings = {
+        "apply_fn": lambda p, x: x.mean((1, 2)),
+        "params": {},
+        "input_size": SIZE,
+    } | settings
+    with pytest.raises(UserError, match=message) as error:
+        from_fn(settings.pop("apply_fn"), settings.pop("params"), **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_params_may_be_numbers():
+    """As in {"scale": 2.0}: they are parameters like arrays, compiled once for all values."""
+    traces = []
+
+    @jax.jit
+    def run(encoder, images):
+        traces.append(1)
+        return encoder(images)
+
+    def apply_fn(params, images):
+        return images.mean((1, 2)) * params["scale"]
+
+    for scale in (2.0, np.float64(3.0)):
+        encoder = from_fn(apply_fn, {"scale": scale, "count": 3}, input_size=SIZE)
+        expected = scale * np.asarray(_images()).mean((1, 2))
+        np.testing.assert_allclose(run(encoder, _images()), expected, rtol=1e-5)
+    assert len(traces) == 1
+
+
+_GATE = [
+    (lambda x: x * np.nan, "NaN or infinity"),
+    (lambda x: x.at[1, 2, 3, 0].set(np.nan), "NaN or infinity"),
+    (lambda x: x.at[0, 0, 0, 0].set(np.inf), "NaN or infinity"),
+    (lambda x: 255 * x, "divide by 255"),
+    (lambda x: 2 * x - 1, "normalise inside the encoder"),
+    (lambda x: (255 * x).astype(jnp.uint8), "got uint8.*/ 255"),
+    (lambda x: x.astype(jnp.bfloat16), "got bfloat16"),
+    (lambda x: x.astype(jnp.float16), "got float16"),
+    (lambda x: x > 0.5, "got bool"),
+    (lambda x: x[0], r"\(B,8,6,3\)"),
+    (lambda x: x.transpose(0, 3, 1, 2), r"\(B,8,6,3\)"),
+    (lambda x: np.asarray(x).tolist(), "got list"),
+    (lambda x: None, "got NoneType"),
+]
+
+
+@pytest.mark.parametrize("harm, message", _GATE)
+def test_one_gate_for_images(harm, message):
+    """A call on arrays and `check_images` refuse the same, in one line."""
+    encoder = from_fn(lambda p, x: x.mean((1, 2)), {}, input_size=SIZE)
+    images = harm(_images())
+    for gate in (encoder, functools.partial(check_images, encoder)):
+        with pytest.raises(UserError, match=message) as error:
+            gate(images)
+        assert "\n" not in str(error.value)
+
+
+def test_the_gate_costs_nothing_under_jit():
+    encoder = from_fn(lambda p, x: x.mean((1, 2)), {}, input_size=SIZE)
+    jaxpr = str(jax.make_jaxpr(encoder)(_images()))
+    assert "is_finite" not in jaxpr and " le " not in jaxpr and " ge " not in jaxpr
+    with pytest.raises(UserError, match="bfloat16"):  # what a tracer has is looked at
+        jax.jit(encoder)(_images().astype(jnp.bfloat16))
+    np.testing.assert_allclose(
+        encoder(np.float64(_images())), encoder(_images()), rtol=1e-6
+    )  # NumPy's default dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ class Origin:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
 
-@struct.dataclass
+@struct.dataclass(eq=False)  # of arrays `==` says nothing; so it has a hash
 class Encoder:
     """An encoder f: [0,1]^(HxWx3) -> R^D, in inference mode.
 
@@ -85,6 +86,22 @@ class Encoder:
         representations = self.apply_fn(self.params, normalised.astype(self.dtype))
         return representations.astype(jnp.float32)
 
+    def check(self, images: Array) -> tuple[str, ...]:
+        """Doubts the encoder on a few images: inference mode, NaN inside, spread, gradient, scale.
+
+        Args:
+          images: (B,H,W,3) float32 in [0,1], of different content; the first four are looked at.
+
+        Returns:
+          What a user should know though it stops nothing, a sentence each; see `checking.check`.
+
+        Raises:
+          UserError: for an encoder whose numbers would mean nothing.
+        """
+        from ur_jax.encoders import checking  # it is written in terms of encoders
+
+        return checking.check(self, images)
+
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.params)
         count = sum(math.prod(np.shape(leaf)) for leaf in leaves)
@@ -106,6 +123,7 @@ def from_fn(
     std: tuple[float, float, float] = (1.0, 1.0, 1.0),
     representation: str = "paper",
     dtype: str = "float32",
+    check: bool = False,
 ) -> Encoder:
     """Makes an encoder of any jittable function, such as `module.apply` of a Flax module.
 
@@ -123,6 +141,8 @@ def from_fn(
       std: per-channel standard deviation to divide by, > 0.
       representation: name of the output.
       dtype: compute dtype, "float32" or "bfloat16".
+      check: look at once whether it is one, on images of noise, see `Encoder.check`; what stops
+        nothing is warned of.
 
     Returns:
       The encoder. Its dimension is read from the function's output shape.
@@ -147,7 +167,7 @@ def from_fn(
     check_finite(params, name)
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
     params = jax.tree.map(cast, params)
-    return Encoder(
+    encoder = Encoder(
         params=params,
         apply_fn=apply_fn,
         name=name,
@@ -159,6 +179,11 @@ def from_fn(
         dimension=_dimension(apply_fn, params, size, dtype, name),
         dtype=dtype,
     )
+    if check:
+        images = np.random.default_rng(0).random((4, *size, 3), np.float32)
+        for remark in encoder.check(images):
+            warnings.warn(remark, stacklevel=2)
+    return encoder
 
 
 def _dimension(apply_fn, params: PyTree, size: tuple[int, int], dtype: str, name: str) -> int:

@@ -148,6 +148,9 @@ class Loaded(NamedTuple):
     parts: dict[str, PyTree]
     folded: bool = False
 
+    def __repr__(self) -> str:
+        return f"Loaded({self.spec!r}, {self.config}, parts {sorted(self.parts)})"
+
 
 def load_variables(
     path: str | os.PathLike,

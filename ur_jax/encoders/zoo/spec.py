@@ -52,7 +52,7 @@ class TrainingPart(NamedTuple):
     input_size: tuple[int, ...] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class EncoderSpec:
     """One of the benchmarked encoders.
 
@@ -104,6 +104,10 @@ class EncoderSpec:
     config_fn: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], dict[str, Any]] = (
         lambda contents, shapes: {}
     )
+
+    def __repr__(self) -> str:
+        head = "" if self.has_head else ", without its head"
+        return f"EncoderSpec({self.name!r}: {self.title}, {self.reference}{head})"
 
     def without_head(self) -> EncoderSpec:
         """The same encoder where only its backbone is there; a head's tensors are let pass."""
