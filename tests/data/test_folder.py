@@ -122,7 +122,9 @@ def test_names_that_are_not_utf8_are_written_in_every_form(tmp_path):
     runs.write_json(tmp_path / "names.json", names)
     assert runs.read_json(tmp_path / "names.json") == names
     assert len(source.content_hash) == 16
-    "\n".join(names).encode()  # as a page or a terminal wants them
+    deep = data.open_images(f"folder:{os.fsdecode(odd)}")
+    assert deep.spec == f"folder:{folder}/caf\\xe9" and len(deep) == 3
+    "\n".join((*names, deep.spec)).encode()  # as a page or a terminal wants them
 
     flat(1).save(folder / "caf\\xe9.png")
     with open(os.path.join(os.fsencode(folder), b"caf\xe9.png"), "wb") as file:

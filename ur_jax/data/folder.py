@@ -49,7 +49,7 @@ class FolderSource(ImageSource):
         """
         if not isinstance(place, (str, os.PathLike)):
             raise UserError(f"Expected the path of a folder, got {shown(place)}.")
-        self.spec = f"folder:{place}"
+        self.spec = f"folder:{printable(os.fspath(place))}"
         if not os.fspath(place):
             raise UserError("Malformed image spec 'folder:': expected folder:PATH, a folder.")
         self._root = Path(place).expanduser()
