@@ -76,7 +76,13 @@ def save_encoder(
         checkpointer.save(path, variables, custom_metadata=record)
     hosts.on_all_hosts(True)
     if hosts.is_first():
-        write_json(path / _MANIFEST, {"format": 1, "files": _hashes(path)})
+        write_manifest(path)
+
+
+def write_manifest(path: str | os.PathLike) -> None:
+    """Writes the hashes of a checkpoint's files into it, for `check_files`."""
+    path = _absolute(path)
+    write_json(path / _MANIFEST, {"format": 1, "files": _hashes(path)})
 
 
 def restore_encoder(path: str | os.PathLike) -> tuple[PyTree, dict[str, Any]]:

@@ -7,7 +7,6 @@ where nothing is renamed, what is not all there lacks a last file and does not c
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import threading
@@ -15,16 +14,15 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ur_jax.encoders import checkpoints
 from ur_jax.errors import UserError
 from ur_jax.runs import is_in_bucket
 from ur_jax.types import PyTree
 
-_HASH = "state_sha256"
+_ITEMS = ("state", "metadata")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -47,12 +45,15 @@ class TrainingCheckpoints:
             does.
         """
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep, cleanup_tmp_directories=True
+            max_to_keep=max_to_keep,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
         )
         # Absolute: with a relative path Orbax's background write fails silently.
         place = directory if is_in_bucket(directory) else os.path.abspath(directory)
         self._directory = epath.Path(place)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._saving: int | None = None
         self._asked: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         # On a pod, JAX's coordinator listens itself, and all hosts stop at the same step.
@@ -90,9 +91,10 @@ class TrainingCheckpoints:
         Does nothing if `step` is not after `latest_step`.
         """
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            metadata=ocp.args.JsonSave({**metadata, _HASH: _state_hash(state)}),
+            state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(dict(metadata))
         )
+        self.wait()  # files are listed of one step at a time
+        self._saving = step
         self._manager.save(step, args=arguments)
 
     def restore(self, state_like: PyTree) -> tuple[PyTree, dict[str, Any]]:
@@ -116,14 +118,18 @@ class TrainingCheckpoints:
             state=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore()
         )
         try:
+            # Before they are read: a flipped bit would be a weight, and tensorstore's threads
+            # go on printing what they stumble over.
+            for item in _ITEMS:
+                checkpoints.check_files(self._directory / str(step) / item)
             restored = self._manager.restore(step, args=arguments)
         except Exception as error:  # tensorstore and orbax have no common class for it
-            raise self._damaged(step, f"{type(error).__name__}: {error}") from error
-        metadata = dict(restored["metadata"])
-        # Without this, a flipped bit would be read as a weight.
-        if metadata.pop(_HASH, None) not in (None, _state_hash(restored["state"])):
-            raise self._damaged(step, "it does not have the recorded SHA-256")
-        return restored["state"], metadata
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"The checkpoint of step {step} in {self._directory} is damaged or of another "
+                f"configuration ({why[:300]}); remove it or resume as it began."
+            ) from error
+        return restored["state"], restored["metadata"]
 
     def wait(self) -> None:
         """Waits until everything is on disk."""
@@ -147,26 +153,11 @@ class TrainingCheckpoints:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
-    def _damaged(self, step: int, why: str) -> UserError:
-        """The error for a state that cannot be read, on one line."""
-        return UserError(
-            f"The checkpoint of step {step} in {self._directory} is damaged or of another "
-            f"configuration ({' '.join(why.split())[:200]}); remove it or resume as it began."
-        )
-
-
-def _state_hash(state: PyTree) -> str | None:
-    """SHA-256 of a state's paths, shapes, dtypes and bytes; None where one host sees not all."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if isinstance(leaf, jax.Array) and not (
-            leaf.is_fully_addressable or leaf.is_fully_replicated
-        ):
-            return None
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        value = np.ascontiguousarray(np.asarray(leaf))
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        digest.update(f"{name}{value.shape}{value.dtype}".encode())
-        digest.update(value.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    def _list_files(self) -> None:
+        """Writes the hashes of a step's files beside them, before the step gets its last name."""
+        if jax.process_index() != 0:
+            return
+        for path in self._directory.iterdir():
+            if path.name.partition(".")[0] == str(self._saving):
+                for item in _ITEMS:
+                    checkpoints.write_manifest(path / item)
