@@ -13,7 +13,7 @@ from ur_jax.training.checkpoints import TrainingCheckpoints
 
 
 def _state(seed):
-    params = {"w": jax.random.normal(jax.random.key(seed), (8, 2))}
+    params = {"w": jax.random.normal(jax.random.key(seed), (8, 2)), "not trained": None}
     optimizer = optax.sgd(0.1, momentum=0.9).init(params)
     key, step = jax.random.key(seed), jnp.int32(seed)
     return {"params": params, "optimizer": optimizer, "key": key, "step": step}
@@ -47,7 +47,7 @@ def test_training_state_errors(tmp_path):
             run.restore(_state(0))
         run.save(1, _state(1), {})
         run.wait()
-        wrong = {**_state(0), "params": {"w": jnp.zeros((8, 3))}}
+        wrong = {**_state(0), "params": {"w": jnp.zeros((8, 3)), "not trained": None}}
         with pytest.raises(ValueError, match="step 1 .*damaged or of another configuration"):
             run.restore(wrong)
 

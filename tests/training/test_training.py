@@ -590,6 +590,34 @@ def test_fare_makes_a_module_of_ones_own_robust(tiny):
     assert np.median(drift) < np.median(before)
 
 
+def whitened(params, images):
+    """Patches over their deviation: the gradient of a root at 0 is infinite, times 0 NaN."""
+    patches = images.reshape(len(images), 4, 4, 3)
+    centred = patches - patches.mean((2, 3), keepdims=True)
+    deviation = jnp.sqrt(jnp.square(centred).mean((2, 3)))
+    scaled = centred / jnp.maximum(deviation, 1e-3)[..., None, None]
+    return scaled.reshape(len(images), -1) @ params["w"] + params["offset"].astype(jnp.float32)
+
+
+def test_fare_is_not_stopped_by_a_nan_in_the_gradient_of_black_bars():
+    rng = np.random.default_rng(0)
+    params = {"w": rng.standard_normal((48, 5)).astype(np.float32), "offset": np.int32(3)}
+    encoder = from_fn(whitened, params, input_size=(4, 4))
+    images = jnp.asarray(rng.random((8, 4, 4, 3), np.float32)).at[:4, :2].set(0.0)
+    bars = jax.grad(lambda x: encoder(x).sum())(images)
+    assert np.isnan(bars).sum() == 96  # and nothing else is
+    method, optimizer = training.Fare.of(encoder), training.adamw(lambda step: 1e-3)
+    state = training.init_state(method, encoder.params, optimizer, jax.random.key(0))
+    adversary = training.Adversary("loss", CONFIG)
+    step = jax.jit(functools.partial(training.train_step, method, optimizer, adversary))
+    for i in range(2):
+        state, metrics, samples = step(state, training.Views(images, images), jax.random.key(i))
+        assert all(np.isfinite(value) for value in metrics.values()), metrics
+    assert np.isfinite(samples.attacked).all()
+    tuned = method.encoder_variables(state)
+    assert tuned["offset"] == 3 and not np.array_equal(tuned["w"], params["w"])
+
+
 def test_bad_parts():
     with pytest.raises(ValueError, match="divisible by the 4 images"):
         step.check_parts(10, 4, 1)

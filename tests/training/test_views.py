@@ -356,7 +356,7 @@ def test_views_do_not_depend_on_batching_or_devices():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"size": (224,)}, "two integers"),
+        ({"size": (224,)}, "a tuple of 2: an integer, an integer"),
         ({"size": (224, 1)}, ">= 2"),
         ({"area": (0.0, 1.0)}, "0 < low <= high <= 1"),
         ({"area": (0.2, 1.5)}, "0 < low <= high <= 1"),

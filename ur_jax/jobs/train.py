@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -32,7 +32,7 @@ from ur_jax.attacks import AttackConfig
 from ur_jax.checks import check_number, check_whole
 from ur_jax.data import ShuffledImages
 from ur_jax.encoders import checkpoints, loading
-from ur_jax.encoders.base import DTYPES, Encoder
+from ur_jax.encoders.base import Encoder
 from ur_jax.encoders.loading import Loaded
 from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import UserError, require, unknown_name
@@ -101,13 +101,6 @@ class Train(Job):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_choice("attack", self.attack, ("none", *training.ATTACKS))
-        _check_choice("optimizer", self.optimizer, _OPTIMIZERS)
-        _check_choice("dtype", self.dtype, DTYPES)
-        if not isinstance(self.method, MethodConfig):
-            raise UserError(
-                f"Expected method as settings such as MocoV2Config(), got {self.method!r}."
-            )
         check_whole(self, "num_epochs", "num_parts", "log_every", "save_every")
         check_whole(self, "batch_size", least=2)
         check_whole(self, "num_images", "view_size", "decode_size", least=2, optional=True)
@@ -323,12 +316,6 @@ def _draw_samples(out: Path, epoch: int, samples: Any) -> None:
         plots.plot_views(out / "samples" / f"epoch-{epoch:03d}.png", *samples)
     except ImportError as error:  # a MissingPackageError, too
         warnings.warn(f"No views were drawn: {error}", stacklevel=2)
-
-
-def _check_choice(field: str, value: Any, valid: Iterable[str]) -> None:
-    """Raises UserError for a name that is not one of a setting's."""
-    if value not in valid:
-        raise unknown_name(field, str(value), valid)
 
 
 # The recipes. "mocov2" and "mocov3" are the paper's fine-tuning of the published checkpoints (its

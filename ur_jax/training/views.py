@@ -29,6 +29,7 @@ from ur_jax.training.operations import (
     per_image,
     solarize,
 )
+from ur_jax.typed import check_types
 from ur_jax.types import Array, Key
 
 _NUM_ATTEMPTS = 10
@@ -73,6 +74,7 @@ class AugmentConfig:
     flip_probability: float = 0.5
 
     def __post_init__(self):
+        check_types(self)
         if len(self.size) != 2 or not all(isinstance(n, int) and n >= 2 for n in self.size):
             raise UserError(
                 f"Expected size as two integers (height, width) >= 2, got {self.size!r}; "

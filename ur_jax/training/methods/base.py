@@ -27,6 +27,7 @@ from ur_jax.errors import UserError, unknown_name
 from ur_jax.registry import Registry
 from ur_jax.training.step import Method
 from ur_jax.training.views import AugmentConfig
+from ur_jax.typed import check_types
 from ur_jax.types import PyTree
 
 C = TypeVar("C", bound="MethodConfig")
@@ -129,6 +130,9 @@ class MethodConfig(abc.ABC):
     """Its name in `METHODS`."""
     needs_init: ClassVar[bool] = False
     """Whether it cannot begin with random weights."""
+
+    def __post_init__(self):
+        check_types(self)
 
     @abc.abstractmethod
     def views(self, size: tuple[int, int]) -> tuple[AugmentConfig, AugmentConfig | None]:

@@ -115,12 +115,19 @@ class Fare:
 
 
 def trained(variables: PyTree) -> PyTree:
-    """What of an encoder's parameters is trained: a flax module's "params", or all of them."""
-    return variables["params"] if _is_flax(variables) else variables
+    """What of an encoder's parameters is trained: a flax module's "params", or all of them.
+
+    Of these the floating-point ones; integers, such as a table of positions, stay as they are.
+    """
+    params = variables["params"] if _is_flax(variables) else variables
+    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, params)
 
 
 def _combine(params: PyTree, original: PyTree) -> PyTree:
     """The original's variables with other trained parameters."""
+    before = original["params"] if _is_flax(original) else original
+    newest = lambda new, old: old if new is None else new
+    params = jax.tree.map(newest, params, before, is_leaf=lambda x: x is None)
     return {**original, "params": params} if _is_flax(original) else params
 
 

@@ -39,6 +39,13 @@ class MocoV2Config(MethodConfig):
     key_momentum: float = 0.99
     group_size: int | None = 64
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_number(self, "temperature", above=0.0)
+        check_number(self, "key_momentum", least=0.0, below=1.0)
+        check_whole(self, "group_size", optional=True)
+        check_whole(self, "queue_size")
+
     def views(self, size: tuple[int, int]) -> tuple[AugmentConfig, AugmentConfig]:
         view = MOCO_V2.at(size, blur_scale=size[0] / 224)
         return view, view

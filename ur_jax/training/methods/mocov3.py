@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ur_jax.checks import check_number
+from ur_jax.checks import check_number, check_whole
 from ur_jax.encoders.networks.heads import mocov3_predictor
 from ur_jax.encoders.networks.layers import NormConfig
 from ur_jax.training.losses import in_batch_info_nce
@@ -38,13 +38,18 @@ class MocoV3Config(MethodConfig):
     key_momentum: float = 0.99
     group_size: int | None = 64
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_number(self, "temperature", above=0.0)
+        check_number(self, "key_momentum", least=0.0, below=1.0)
+        check_whole(self, "group_size", optional=True)
+
     def views(self, size: tuple[int, int]) -> tuple[AugmentConfig, AugmentConfig]:
         scale = size[0] / 224
         return MOCO_V3_VIEW1.at(size, blur_scale=scale), MOCO_V3_VIEW2.at(size, blur_scale=scale)
 
     def make(self, start: Start) -> tuple[MocoV3, PyTree]:
         settings = start.network_settings("mocov3", self.group_size)
-        check_number(self, "key_momentum", least=0.0, below=1.0)
         momentum = momentum_schedule(self.key_momentum, **start.epochs._asdict())
         return MocoV3(**settings, momentum=momentum, temperature=self.temperature), start.variables
 
