@@ -1,7 +1,8 @@
 """Things that are added by name, and where a user's own ones come from.
 
-    @METRICS.register("my_metric")            # in the package, in one's own file, or in a package
+    @RULES.register("my_rule")                # in the package, in one's own file, or in a package
     def ...                                   # whose entry points name the group
+    METRICS.register("my_metric", Metric(...))
 
 A registered thing is on the command line, in the tables, in the report and in the documentation.
 What lies outside the package is imported by `--plugin FILE.py` (or `UR_JAX_PLUGINS`, several with a
@@ -32,10 +33,11 @@ class Registry(Mapping[str, T]):
     Args:
       kind: what a name stands for, in words, for errors: "metric".
       group: of entry points by which installed packages add to it: "ur_jax.metrics".
+      of: the class that items are instances of, where it is one.
     """
 
-    def __init__(self, kind: str, group: str):
-        self.kind, self.group = kind, group
+    def __init__(self, kind: str, group: str, of: type[T] | None = None):
+        self.kind, self.group, self.of = kind, group, of
         self._items: dict[str, T] = {}
         self._pending: bool = True
 
@@ -49,13 +51,21 @@ class Registry(Mapping[str, T]):
         """Adds an item, or decorates what is to be added; returns the item.
 
         Raises:
-          UserError: for a name that is taken by something else, or that cannot be one.
+          UserError: for a name that is taken by something else, or that cannot be one; for an
+            item of another class.
         """
+        if not isinstance(name, str):
+            raise UserError(f"Expected the name of a {self.kind} in quotes, got {name!r:.80}.")
         if item is None:
             return lambda decorated: self.register(name, decorated)
         if not name or set(name) & set("/\\= \t\n"):
             raise UserError(
                 f"Expected the name of a {self.kind} without spaces, slashes and '=', got {name!r}."
+            )
+        if self.of is not None and not isinstance(item, self.of):
+            raise UserError(
+                f"Expected {self.of.__name__}(...) as the {self.kind} {name!r}, got "
+                f"{type(item).__name__}."
             )
         if self._items.get(name, item) is not item:
             raise UserError(f"There is a {self.kind} {name!r} already; choose another name.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,11 @@ def test_the_statistic_selects_the_interval():
         (lambda: Metric("mean", "up", "A test."), "'low', 'high' or ''.*'up'"),
         (lambda: METRICS.register("a metric", Metric("mean", "low", "A test.")), "without spaces"),
         (lambda: METRICS.register("certified", Metric("mean", "low", "A test.")), "already"),
+        (
+            lambda: METRICS.register("mine")(cast(Any, len)),
+            r"Metric\(...\) as the metric 'mine', got builtin",
+        ),
+        (lambda: METRICS.register(cast(Any, len)), "in quotes, got <built-in function len>"),
         (lambda: METRICS["overlap"], "did you mean 'overlap_risk'"),
     ],
 )

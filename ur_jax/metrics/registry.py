@@ -83,7 +83,7 @@ class Metric:
             )
 
 
-METRICS: Registry[Metric] = Registry("metric", "ur_jax.metrics")
+METRICS: Registry[Metric] = Registry("metric", "ur_jax.metrics", Metric)
 """Every metric that a row may be of, in the order of the report's columns."""
 
 

@@ -58,6 +58,9 @@ class Results(NamedTuple):
     summaries: dict[tuple[str, str], Summary]
     damaged: dict[tuple[str, str], str]
 
+    def __repr__(self) -> str:
+        return f"Results({len(self.summaries)} stages, {len(self.damaged)} damaged)"
+
     @property
     def numbers(self) -> list[Number]:
         """Every number, by encoder and stage."""

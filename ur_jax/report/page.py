@@ -93,8 +93,8 @@ class Table(Block):
     """
 
     template: ClassVar[str] = "table"
-    heads: Sequence[Cell]
-    rows: Sequence[Sequence[Cell]]
+    heads: Sequence[Cell] = dataclasses.field(repr=False)
+    rows: Sequence[Sequence[Cell]] = dataclasses.field(repr=False)
     identifier: str = ""
 
 
@@ -111,7 +111,7 @@ class Figure(Block):
 
     template: ClassVar[str] = "figure"
     caption: str
-    svg: str = ""
+    svg: str = dataclasses.field(default="", repr=False)
     picture: Picture | None = None
     files: str = ""
 
@@ -120,7 +120,7 @@ class Figure(Block):
 class Picture:
     """An image inside the page: WebP, in base64, with what it shows for those who cannot see it."""
 
-    data: str
+    data: str = dataclasses.field(repr=False)
     width: int
     height: int
     alternative: str
