@@ -147,7 +147,8 @@ class Probe(Job):
             tables.append({"images": kinds} | {name: found[name] for name in columns})
         joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
         runs.write_table(session.run.path / "predictions.parquet", joined)
-        _, known = self._restored(session)
+        # Weights are restored by all hosts together, and here there is but one.
+        known = checkpoints.read_metadata(session.run.path / "probe")["probe"]
         return self.summary(rows, parts.unreadable(session.run), history=known["history"])
 
     @classmethod
