@@ -1,5 +1,5 @@
-"""Eight CPU devices, strict dtype promotion, full-precision products, a cache of compiled programs,
-and the shared data."""
+"""Eight CPU devices, strict dtype promotion, full-precision products, shapes checked at every call
+of a public function, a cache of compiled programs, and the shared data."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import tempfile
 import jax
 import numpy as np
 import pytest
+import typed_calls
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+typed_calls.install()
 
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 
 from ur_jax.errors import UserError, unknown_name
-from ur_jax.types import Array, PyTree
+from ur_jax.types import AnyArray, Array, PerRow, PyTree, Rows
 
 DIVERGENCES = ("l1", "l2", "linf", "cosine")
 
@@ -29,7 +30,7 @@ class Distances(NamedTuple):
     cosine_similarity: Array
 
 
-def distance(a: Array, b: Array, *, divergence: str = "l2") -> Array:
+def distance(a: Rows, b: Rows, *, divergence: str = "l2") -> PerRow:
     """Distance of each row of `a` to the same row of `b`.
 
         l1: sum |a - b|      l2: sqrt(sum (a - b)^2)      linf: max |a - b|
@@ -66,7 +67,7 @@ def _distance(a: Array, b: Array, *, divergence: str) -> Array:
     return reduce_difference(a - b, divergence)
 
 
-def all_distances(a: Array, b: Array) -> Distances:
+def all_distances(a: Rows, b: Rows) -> Distances:
     """The three norms of a - b and the cosine similarity, row by row.
 
     Args:
@@ -80,7 +81,12 @@ def all_distances(a: Array, b: Array) -> Distances:
     return Distances(l1, l2, linf, 1.0 - cosine)
 
 
-def pairwise_distances(a: Array, b: Array | None = None, *, divergence: str = "l2") -> Array:
+def pairwise_distances(
+    a: Float32[AnyArray, "m dim"],
+    b: Float32[AnyArray, "n dim"] | None = None,
+    *,
+    divergence: str = "l2",
+) -> Float32[Array, "m n"]:
     """Distances between every row of `a` and every row of `b`, or among the rows of `a`.
 
     l2 and cosine come from one matrix product in full float32; where its rounding could exceed
@@ -132,7 +138,9 @@ def _pairwise_distances(a: Array, b: Array | None, *, divergence: str) -> Array:
     return jnp.sqrt(squared) if divergence == "l2" else 0.5 * squared
 
 
-def squared_l2_by_product(a: Array, b: Array) -> tuple[Array, Array]:
+def squared_l2_by_product(
+    a: Float32[AnyArray, "m dim"], b: Float32[AnyArray, "n dim"]
+) -> tuple[Float32[Array, "m n"], Float32[Array, "m n"]]:
     """Squared l2 distances of all pairs by one matrix product, and a bound on their error.
 
         |a - b|^2 = |a - m|^2 + |b - m|^2 - 2 (<a - m, b> - <a - m, m>),    m = mean of b
@@ -179,7 +187,7 @@ def for_flagged_columns(
     return jax.lax.while_loop(lambda x: jnp.any(x[0]), body, (jnp.any(flags, axis=0), carry))[1]
 
 
-def reduce_difference(difference: Array, divergence: str) -> Array:
+def reduce_difference(difference: Rows, divergence: str) -> PerRow:
     """Norm of differences [..., D] over the last axis; for cosine, of differences of directions."""
     if divergence == "l1":
         return jnp.sum(jnp.abs(difference), axis=-1)
@@ -195,7 +203,7 @@ def reduce_difference(difference: Array, divergence: str) -> Array:
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, squared)))
 
 
-def directions(x: Array) -> Array:
+def directions(x: Rows) -> Float32[Array, "*rows dim+1"]:
     """Unit vectors [..., D + 1] of rows [..., D]; the last coordinate is that of zero vectors."""
     squared = jnp.sum(x**2, axis=-1, keepdims=True)
     zero = squared == 0.0

@@ -1,4 +1,8 @@
-"""Names for the types that signatures share."""
+"""Names for the types that signatures share.
+
+Shapes are those of `jaxtyping`: within a signature, one name is one number. The tests check them at
+every call of a public function.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,24 @@ import dataclasses
 from typing import Any
 
 import jax
+import jaxtyping
 import numpy as np
+from jaxtyping import Float, Float32
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray
 Key = jax.Array
 """A typed PRNG key, `jax.random.key(seed)`."""
+Keys = jaxtyping.Key[Array, ""] | jaxtyping.Key[Array, " batch"]
+"""One typed key, or one for each image."""
 PyTree = Any
+
+Images = Float[AnyArray, "batch height width 3"]
+Image = Float[AnyArray, "height width 3"]
+PerImage = Float32[Array, " batch"]
+Representations = Float32[AnyArray, "batch dim"]
+Rows = Float32[AnyArray, "*rows dim"]
+PerRow = Float32[Array, " *rows"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ur_jax import distances as dist
 from ur_jax import metrics
 from ur_jax.devices import data_mesh
 from ur_jax.metrics import neighbours
+from ur_jax.metrics import ranks as ranks_module
 
 DIMENSION = 24
 BLOCK = 64  # the tests share shapes, so that most of them share compiled programs
@@ -314,7 +315,7 @@ def test_blocks_in_any_order_and_what_the_compiled_program_leaves_out():
     np.testing.assert_array_equal(result.rank, expected)
     np.testing.assert_array_equal(result.compared, np.full(30, 202))
     block = (bank[:BLOCK], np.arange(BLOCK, dtype=np.int32), np.ones(BLOCK, bool))
-    compiled = neighbours._count_block.lower(
+    compiled = ranks_module._count_block.lower(
         state.counts, state.queries, *block, divergence="l2", mesh=mesh
     ).compile()
     for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "callback"):
@@ -323,7 +324,7 @@ def test_blocks_in_any_order_and_what_the_compiled_program_leaves_out():
 
 def test_one_compilation_over_an_uneven_last_block():
     adversarial, clean, bank, own_index = scenario(203, 11)
-    jitted = neighbours._count_block, neighbours._nearest_in_block
+    jitted = ranks_module._count_block, neighbours._nearest_in_block
     before = [fn._cache_size() for fn in jitted]
     metrics.neighbour_ranks(adversarial, clean, bank, own_index=own_index, block_size=48)
     metrics.nearest_neighbours(adversarial, bank, k=3, block_size=48)
@@ -335,11 +336,11 @@ def test_memory_is_one_block_and_queries_by_rows():
     queries, rows, dimension = 1000, 4096, 2048
     spec = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     f32, i32 = jnp.float32, jnp.int32
-    counts = neighbours._Counts(spec(i32, 1, queries), spec(i32, 1, queries), spec(i32, 1))
+    counts = ranks_module._Counts(spec(i32, 1, queries), spec(i32, 1, queries), spec(i32, 1))
     attacked = spec(f32, queries, dimension)
-    compiled = neighbours._count_block.lower(
+    compiled = ranks_module._count_block.lower(
         counts,
-        neighbours._Queries(attacked, attacked, spec(i32, queries)),
+        ranks_module._Queries(attacked, attacked, spec(i32, queries)),
         spec(f32, rows, dimension),
         spec(i32, rows),
         spec(jnp.bool_, rows),

@@ -6,10 +6,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 
 from ur_jax.checks import check_finite_array, check_key, check_number, check_pixels
 from ur_jax.errors import UserError, unknown_name
-from ur_jax.types import Array, Key
+from ur_jax.types import Array, Images, Keys, PerImage
 
 NORMS = ("linf", "l2")
 UNIT = "pixel units of [0,1]"
@@ -56,7 +57,7 @@ class Ball:
         return self.project(self.images + self.eps * jax.vmap(draw)(keys))
 
 
-def project(attacked: Array, images: Array, *, eps: float | Array, norm: str) -> Array:
+def project(attacked: Images, images: Images, *, eps: float | Array, norm: str) -> Images:
     """Moves `attacked` into the ball of radius `eps` around `images`, and into [0,1].
 
     linf: clips every pixel to [x - eps, x + eps], then to [0,1]. l2: scales the perturbation to
@@ -99,7 +100,7 @@ def _project(attacked: Array, images: Array, eps: float | Array, norm: str) -> A
     return jnp.where(jnp.abs(moved - images) > jnp.abs(delta), jnp.nextafter(moved, images), moved)
 
 
-def image_keys(key: Key, num_images: int) -> Array:
+def image_keys(key: Keys, num_images: int) -> jaxtyping.Key[Array, " batch"]:
     """Returns a key per image: `key` folded with 0, 1, ..., or `key` itself if it is (B,) keys."""
     check_key(key)
     if key.ndim == 0:
@@ -111,7 +112,7 @@ def image_keys(key: Key, num_images: int) -> Array:
     return key
 
 
-def norms(delta: Array) -> tuple[Array, Array, Array]:
+def norms(delta: Images) -> tuple[PerImage, PerImage, PerImage]:
     """l1, l2 and linf norms (B,) of perturbations (B,H,W,3)."""
     axes = (1, 2, 3)
     size = jnp.abs(delta)

@@ -14,7 +14,7 @@ from ur_jax.attacks.ball import image_keys
 from ur_jax.attacks.config import AttackConfig, split
 from ur_jax.checks import check_pixels, check_type
 from ur_jax.errors import UserError
-from ur_jax.types import Array, Key, PyTree
+from ur_jax.types import Array, Images, Keys, PyTree
 
 
 class LossAttackResult(NamedTuple):
@@ -29,8 +29,8 @@ class LossAttackResult(NamedTuple):
 def loss_pgd(
     loss_fn: Callable[[PyTree, Array], Array],
     params: PyTree,
-    images: Array,
-    key: Key,
+    images: Images,
+    key: Keys,
     *,
     config: AttackConfig,
 ) -> LossAttackResult:

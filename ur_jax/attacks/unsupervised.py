@@ -16,7 +16,7 @@ from ur_jax.checks import check_finite_array, check_pixels, check_type
 from ur_jax.distances import all_distances
 from ur_jax.encoders.base import Encoder, check_images
 from ur_jax.errors import UserError
-from ur_jax.types import Array, Key
+from ur_jax.types import Array, Images, Keys, Representations
 
 
 class AttackHistory(NamedTuple):
@@ -56,12 +56,12 @@ class AttackResult(NamedTuple):
 
 def u_pgd(
     encoder: Encoder,
-    images: Array,
-    key: Key,
+    images: Images,
+    key: Keys,
     *,
     config: AttackConfig,
-    target: Array | None = None,
-    start: Array | None = None,
+    target: Representations | None = None,
+    start: Images | None = None,
 ) -> AttackResult:
     """Unsupervised PGD: moves representations away from their own, or towards a target.
 
@@ -117,18 +117,18 @@ def u_pgd(
 
 def u_fgsm(
     encoder: Encoder,
-    images: Array,
-    key: Key,
+    images: Images,
+    key: Keys,
     *,
     eps: float,
     norm: str = "linf",
-    target: Array | None = None,
+    target: Representations | None = None,
 ) -> AttackResult:
     """Unsupervised FGSM: `u_pgd` in one step of size `eps`; arguments and errors as there."""
     return u_pgd(encoder, images, key, config=fgsm_config(eps, norm), target=target)
 
 
-def random_start(images: Array, key: Key, *, config: AttackConfig) -> Array:
+def random_start(images: Images, key: Keys, *, config: AttackConfig) -> Images:
     """Returns where `u_pgd` with the same arguments starts, to go on from by its `start`.
 
     Args:

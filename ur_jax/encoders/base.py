@@ -15,7 +15,7 @@ from flax import struct
 from flax.errors import ModifyScopeVariableError
 
 from ur_jax.errors import UserError, unknown_name
-from ur_jax.types import Array, PyTree
+from ur_jax.types import Array, Images, PyTree, Representations
 
 PREPARATIONS = ("resize", "resize_crop")
 DTYPES = ("float32", "bfloat16")
@@ -73,7 +73,7 @@ class Encoder:
     dtype: str = struct.field(pytree_node=False)
     origin: Origin = struct.field(pytree_node=False, default=Origin())
 
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Images) -> Representations:
         """Returns the representations (B,D) float32 of images (B,H,W,3) float in [0,1].
 
         Raises:

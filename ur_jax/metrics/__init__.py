@@ -18,15 +18,17 @@ from ur_jax.metrics.distributions import (
 )
 from ur_jax.metrics.neighbours import (
     Neighbours,
+    knn_accuracy,
+    knn_classify,
+    nearest_neighbours,
+)
+from ur_jax.metrics.ranks import (
     Ranks,
     RankState,
     breakaway_risk,
     finish_ranks,
     init_ranks,
-    knn_accuracy,
-    knn_classify,
     nearest_neighbour_hits,
-    nearest_neighbours,
     neighbour_ranks,
     update_ranks,
 )

@@ -8,11 +8,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float32
 
 from ur_jax import distances as dist
 from ur_jax.errors import UserError
 from ur_jax.metrics.checks import finite_matrix
-from ur_jax.types import Array, Key
+from ur_jax.types import AnyArray, Array, Key, PerImage, Representations
 
 # Levels at which the reference stores the distribution.
 _LEVELS = np.concatenate([np.logspace(-9, -3, 100, endpoint=False), np.arange(1, 1000) / 1000])
@@ -38,7 +39,12 @@ class DistanceDistribution:
 
 
 @functools.partial(jax.jit, static_argnames="divergence")
-def pairwise_within(representations: Array, mask: Array, *, divergence: str = "l2") -> Array:
+def pairwise_within(
+    representations: Representations,
+    mask: Bool[AnyArray, " batch"],
+    *,
+    divergence: str = "l2",
+) -> Float32[Array, " pairs"]:
     """Distances among the images of one batch, each pair once.
 
     Args:
@@ -56,7 +62,7 @@ def pairwise_within(representations: Array, mask: Array, *, divergence: str = "l
 
 
 def distance_distribution(
-    representations: Array, key: Key, *, divergence: str = "l2", batch_size: int = 256
+    representations: Representations, key: Key, *, divergence: str = "l2", batch_size: int = 256
 ) -> DistanceDistribution:
     """Distribution of the distances of all pairs within shuffled batches of clean images.
 
@@ -175,8 +181,13 @@ def normalised_distance(distribution: DistanceDistribution, distances: Array) ->
 
 @functools.partial(jax.jit, static_argnames="divergence")
 def adversarial_margin(
-    f_x: Array, f_y: Array, f_x_to_y: Array, f_y_to_x: Array, *, divergence: str = "l2"
-) -> Array:
+    f_x: Representations,
+    f_y: Representations,
+    f_x_to_y: Representations,
+    f_y_to_x: Representations,
+    *,
+    divergence: str = "l2",
+) -> PerImage:
     """Margin ratio of pairs of images, each attacked towards the other.
 
         (d(f(x), f(y -> x)) - d(f(x), f(x -> y))) / d(f(x), f(y))

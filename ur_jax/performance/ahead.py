@@ -30,7 +30,7 @@ from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError
 from ur_jax.jobs.label_free import EvaluationConfig
-from ur_jax.metrics import neighbours
+from ur_jax.metrics import ranks
 from ur_jax.types import Array, PyTree
 
 _COLLECTIVES = (
@@ -289,16 +289,14 @@ def _count_block(mesh: Mesh, queries: tuple[Array, Array], block: Array) -> PyTr
     """One block of the bank on a fresh count of neighbours."""
     attacked, clean = queries
     number = attacked.shape[0]
-    counts = neighbours._Counts(
+    counts = ranks._Counts(
         *(jnp.zeros((mesh.size, number), jnp.int32) for _ in range(2)),
         jnp.zeros(mesh.size, jnp.int32),
     )
-    queries = neighbours._Queries(attacked, clean, jnp.arange(number, dtype=jnp.int32))
+    queries = ranks._Queries(attacked, clean, jnp.arange(number, dtype=jnp.int32))
     indices = jnp.arange(block.shape[0], dtype=jnp.int32)
     mask = jnp.ones(block.shape[0], bool)
-    return neighbours._count_block(
-        counts, queries, block, indices, mask, divergence="l2", mesh=mesh
-    )
+    return ranks._count_block(counts, queries, block, indices, mask, divergence="l2", mesh=mesh)
 
 
 def _placed(tree: PyTree, where: NamedSharding) -> PyTree:
