@@ -480,7 +480,7 @@ def test_bad_input_is_named():
     ranks = lambda **changes: metrics.neighbour_ranks(**good | {"block_size": BLOCK} | changes)
     cases = [
         (lambda: ranks(bank=broken), "finite bank, got 2 rows"),
-        (lambda: ranks(adversarial=broken[:30]), "finite adversarial, got 2 rows"),
+        (lambda: ranks(clean=broken[:30]), "finite clean, got 2 rows"),
         (lambda: ranks(bank=bank.astype(np.float64)), "bank to be a float32 array, got float64"),
         (lambda: ranks(bank=bank[:, :5]), r"shape \[N, 24\].*\(203, 5\)"),
         (lambda: ranks(clean=clean[:3]), "equal shape"),

@@ -103,7 +103,7 @@ def ascend(
 
 def start_of(ball: Ball, keys: Array, config: AttackConfig) -> Array:
     """Images uniform in the ball; the originals for a config without random start."""
-    return ball.draw(keys) if config.random_start else ball.images
+    return ball.draw(keys) if config.random_start else jnp.asarray(ball.images)
 
 
 def _summed(objective_and_output):

@@ -10,7 +10,7 @@ import jaxtyping
 
 from ur_jax.checks import check_finite_array, check_key, check_number, check_pixels
 from ur_jax.errors import UserError, unknown_name
-from ur_jax.types import Array, Images, Keys, PerImage
+from ur_jax.types import AnyArray, Array, Images, Keys, PerImage
 
 NORMS = ("linf", "l2")
 UNIT = "pixel units of [0,1]"
@@ -29,11 +29,11 @@ class Ball:
       norm: "linf" or "l2".
     """
 
-    images: Array
+    images: AnyArray
     eps: float | Array
     norm: str
 
-    def project(self, attacked: Array) -> Array:
+    def project(self, attacked: AnyArray) -> Array:
         """Moves images (B,H,W,3) into the ball and into [0,1]; see `project`."""
         return _project(attacked, self.images, self.eps, self.norm)
 
@@ -89,7 +89,7 @@ def check_norm(norm: str) -> None:
         raise unknown_name("norm", norm, NORMS)
 
 
-def _project(attacked: Array, images: Array, eps: float | Array, norm: str) -> Array:
+def _project(attacked: AnyArray, images: AnyArray, eps: float | Array, norm: str) -> Array:
     """`project` without the checks."""
     if norm == "linf":
         return jnp.clip(attacked, jnp.maximum(images - eps, 0.0), jnp.minimum(images + eps, 1.0))

@@ -146,7 +146,7 @@ def random_start(images: Images, key: Keys, *, config: AttackConfig) -> Images:
     return start_of(ball, image_keys(key, len(images)), config)
 
 
-def _check_radius(config: AttackConfig, images: Array) -> None:
+def _check_radius(config: AttackConfig, images: Images) -> None:
     """Refuses a ball that holds every picture."""
     diagonal = math.sqrt(math.prod(images.shape[1:]))
     if config.eps > diagonal:

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.errors import ModifyScopeVariableError
+from jax.core import Tracer
 
+from ur_jax.checks import check_array, check_pixels
 from ur_jax.errors import UserError, unknown_name
-from ur_jax.types import Array, Images, PyTree, Representations
+from ur_jax.types import AnyArray, Array, Images, PyTree, Representations
 
 PREPARATIONS = ("resize", "resize_crop")
 DTYPES = ("float32", "bfloat16")
@@ -82,7 +84,7 @@ class Encoder:
         """
         check_images(self, images)
         mean, std = (jnp.asarray(np.asarray(v, np.float32)) for v in (self.mean, self.std))
-        normalised = (images.astype(jnp.float32) - mean) / std
+        normalised = (jnp.asarray(images).astype(jnp.float32) - mean) / std
         representations = self.apply_fn(self.params, normalised.astype(self.dtype))
         return representations.astype(jnp.float32)
 
@@ -253,25 +255,13 @@ def _as_array(path: Any, leaf: Any) -> Array:
     )
 
 
-def check_images(encoder: Encoder, images: Array) -> None:
+def check_images(encoder: Encoder, images: AnyArray) -> None:
     """The gate for images: raises UserError unless they are (B,H,W,3) float32, each in [0,1].
 
     Looks at the values, hence waits for them; tracers are only checked for shape and dtype.
     """
     _check_shape(encoder, images)
-    if isinstance(images, jax.core.Tracer):
-        return
-    # By comparisons, which a NaN fails: on CPUs a vectorised minimum or maximum can lose it.
-    if jnp.all((images >= 0.0) & (images <= 1.0)):
-        return
-    if not jnp.all(jnp.isfinite(images)):
-        raise UserError(
-            "Expected pixels in [0,1], got NaN or infinity; look where the images come from, and "
-            "leave those out."
-        )
-    low, high = float(jnp.min(images)), float(jnp.max(images))
-    remedy = "divide by 255" if high > 1.5 else "normalise inside the encoder (mean, std), or clip"
-    raise UserError(f"Expected pixels in [0,1], got [{low:g}, {high:g}]; {remedy}.")
+    check_pixels(images)
 
 
 def check_finite(params: PyTree, name: str) -> None:
@@ -280,7 +270,7 @@ def check_finite(params: PyTree, name: str) -> None:
     bad = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in leaves
-        if not isinstance(leaf, jax.core.Tracer)
+        if not isinstance(leaf, Tracer)
         and jnp.issubdtype(leaf.dtype, jnp.inexact)
         and not np.isfinite(np.asarray(leaf)).all()
     ]
@@ -292,23 +282,12 @@ def check_finite(params: PyTree, name: str) -> None:
         )
 
 
-def _check_shape(encoder: Encoder, images: Array) -> None:
-    """Raises ValueError unless the static shape and dtype of `images` fit the encoder."""
+def _check_shape(encoder: Encoder, images: AnyArray) -> None:
+    """Raises UserError unless the shape of `images` fit the encoder."""
     expected = (*encoder.input_size, 3)
-    if not isinstance(images, (jax.Array, np.ndarray)):
-        raise UserError(
-            f"Expected an array of images (B,{','.join(map(str, expected))}), got "
-            f"{type(images).__name__}; stack them with np.stack."
-        )
+    check_array("images", images)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise UserError(
             f"Expected images (B,{','.join(map(str, expected))}) for encoder {encoder.name!r}, got "
             f"{tuple(images.shape)}; resize them, or load them with `ur_jax.data.image_batches`."
-        )
-    if images.dtype not in (jnp.float32, jnp.float64):
-        # Half precision has no room for a perturbation: in bfloat16 1/255 is a step near 1.
-        scale = " / 255" if jnp.issubdtype(images.dtype, jnp.integer) else ""
-        raise UserError(
-            f"Expected floating-point images (float32) in [0,1], got {images.dtype}; convert with "
-            f"images.astype('float32'){scale}. The encoder's own dtype is chosen when it is loaded."
         )

@@ -1,44 +1,76 @@
-"""Checks of representations that the measures share."""
+"""Checks of representations that the measures share.
+
+Every l2 and cosine distance goes through squares, which float32 holds for a limited range only:
+beyond it all distances would be infinite or zero, and an encoder would look perfectly robust or
+not at all for its scale alone.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ur_jax import distances as dist
 from ur_jax.errors import UserError
-from ur_jax.types import Array
+from ur_jax.types import AnyArray, Array
 
 _SPREAD = 1e-6
+LARGEST, SMALLEST = 2.0**50, 2.0**-40
+"""Of the entries of a representation; the largest of all must be at least `SMALLEST`, or all 0."""
 
 
-def count_not_finite(block: Array, mask: Array | bool = True) -> Array:
-    """Number of unmasked rows that hold NaN or inf."""
-    return jnp.sum(mask & ~jnp.all(jnp.isfinite(block), axis=-1))
+def in_range(block: AnyArray) -> Array:
+    """Whether each row (..., D) is finite, and its squares are."""
+    return jnp.all(jnp.abs(block) <= LARGEST, axis=-1)  # not so for NaN
 
 
-def finite_matrix(name: str, array: Array | np.ndarray) -> Array:
-    """The float32 [rows, D] array on the device; ValueError if it is not one, or not finite."""
+def count_unusable(block: Array, mask: Array | bool = True) -> Array:
+    """Number of unmasked rows that hold NaN, infinity or an entry beyond `LARGEST`."""
+    return jnp.sum(mask & ~in_range(block))
+
+
+def matrix(name: str, array: AnyArray) -> Array:
+    """The float32 [rows, D] array on the device; UserError if it is not one."""
     dist.check_representations(**{name: array})
     if array.ndim != 2:
         raise UserError(f"Expected {name} of shape [rows, D], got {array.shape}.")
-    array = jnp.asarray(array)
-    if not isinstance(array, jax.core.Tracer):
-        refuse_not_finite(name, int(count_not_finite(array)))
-    return array
+    return jnp.asarray(array)
 
 
-def refuse_not_finite(name: str, bad: int) -> None:
-    """Raises ValueError if there are bad rows."""
+def usable_matrix(name: str, array: AnyArray) -> Array:
+    """`matrix`, if what there is of its values is finite and of a scale that can be measured."""
+    rows = matrix(name, array)
+    if not isinstance(rows, Tracer):
+        bad, largest = jax.device_get(_count_and_largest(rows))
+        refuse_unusable(name, int(bad))
+        if 0.0 < largest < SMALLEST:
+            raise UserError(
+                f"Expected {name} whose largest entry is at least {SMALLEST:.0e}, got "
+                f"{largest:.1e}: squares of differences would vanish in float32. Multiply the "
+                "encoder's output by a constant."
+            )
+    return rows
+
+
+def refuse_unusable(name: str, bad: int) -> None:
+    """Raises UserError if there are bad rows."""
     if bad:
         raise UserError(
-            f"Expected finite {name}, got {bad} rows with NaN or infinite values; check the "
-            f"encoder's weights and dtype."
+            f"Expected finite {name}, got {bad} rows with NaN or infinite values, or with entries "
+            f"beyond {LARGEST:.0e}, whose squares are infinite; check the encoder's weights, its "
+            "dtype and the scale of its output."
         )
 
 
-def check_spread(representations: Array | np.ndarray, whose: str) -> None:
+@jax.jit
+def _count_and_largest(rows: Array) -> tuple[Array, Array]:
+    """Unusable rows, and the largest entry."""
+    return count_unusable(rows), jnp.max(jnp.abs(rows))
+
+
+def check_spread(representations: AnyArray, whose: str) -> None:
     """Raises UserError if clean representations [rows, D] of several images are one point.
 
     Such an encoder cannot be attacked and looks perfectly robust; it says nothing about images.

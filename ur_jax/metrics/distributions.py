@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float32
 
 from ur_jax import distances as dist
 from ur_jax.errors import UserError
-from ur_jax.metrics.checks import finite_matrix
+from ur_jax.metrics.checks import usable_matrix
 from ur_jax.types import AnyArray, Array, Key, PerImage, Representations
 
 # Levels at which the reference stores the distribution.
@@ -80,7 +80,7 @@ def distance_distribution(
 
     Reference: Petrov & Kwiatkowska (2022), section 4.
     """
-    representations = finite_matrix("representations", representations)
+    representations = usable_matrix("representations", representations)
     dist.check_divergence(divergence)
     if representations.shape[0] < 2 or batch_size < 2:
         raise UserError(

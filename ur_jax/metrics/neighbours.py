@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from ur_jax import distances as dist
 from ur_jax.errors import UserError
-from ur_jax.metrics.checks import count_not_finite, finite_matrix, refuse_not_finite
+from ur_jax.metrics.checks import count_unusable, refuse_unusable, usable_matrix
 from ur_jax.metrics.streaming import check_same_dimension, on_mesh, place, rough_distances, stream
 from ur_jax.stats.intervals import Estimate, proportion_interval
 from ur_jax.types import AnyArray, Array, Representations
@@ -25,8 +25,8 @@ _SPARE_NEIGHBOURS = 8
 class Neighbours(NamedTuple):
     """The nearest rows of a bank, nearest first: indices [Q, k] int32, distances [Q, k]."""
 
-    indices: Array
-    distances: Array
+    indices: AnyArray
+    distances: AnyArray
 
 
 def nearest_neighbours(
@@ -59,7 +59,7 @@ def nearest_neighbours(
     """
     dist.check_divergence(divergence)
     dist.check_representations(bank=bank)
-    queries = finite_matrix("queries", queries)
+    queries = usable_matrix("queries", queries)
     check_same_dimension(queries, bank)
     if not 1 <= k <= bank.shape[0]:
         raise UserError(f"Expected k in [1, {bank.shape[0]}], the rows of the bank, got {k}.")
@@ -73,8 +73,8 @@ def nearest_neighbours(
     def update(state, *block):
         return _nearest_in_block(state, queries, *block, divergence=divergence, mesh=mesh)
 
-    best, not_finite = stream(update, state, bank, block_size, mesh)
-    refuse_not_finite("bank", int(jnp.sum(not_finite)))
+    best, unusable = stream(update, state, bank, block_size, mesh)
+    refuse_unusable("bank", int(jnp.sum(unusable)))
     indices, distances = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1) for x in best)
     distances, indices = jax.lax.sort((distances, indices), num_keys=2)
     return Neighbours(indices[:, :k], distances[:, :k])
@@ -85,7 +85,7 @@ def _nearest_in_block(state, queries, block, indices, mask, *, divergence, mesh)
     """The k best after one block, on each device for its share of the block."""
 
     def nearest(state, queries, block, indices, mask):
-        best, not_finite = state
+        best, unusable = state
         rows = dist.directions(block) if divergence == "cosine" else block
         k = best.indices.shape[-1]
         rough, _ = rough_distances(queries, rows, divergence)
@@ -100,7 +100,7 @@ def _nearest_in_block(state, queries, block, indices, mask, *, divergence, mesh)
         # top_k keeps the first of equals; the earlier place here has the smaller index.
         negative, place = jax.lax.top_k(-jnp.concatenate(all_distances, axis=1), k)
         kept = jnp.take_along_axis(jnp.concatenate(all_indices, axis=1), place, axis=1)
-        return Neighbours(kept[None], -negative[None]), not_finite + count_not_finite(block, mask)
+        return Neighbours(kept[None], -negative[None]), unusable + count_unusable(block, mask)
 
     return on_mesh(nearest, mesh)(state, queries, block, indices, mask)
 

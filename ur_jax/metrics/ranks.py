@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from ur_jax import distances as dist
 from ur_jax.errors import UserError
-from ur_jax.metrics.checks import count_not_finite, finite_matrix, refuse_not_finite
+from ur_jax.metrics.checks import count_unusable, in_range, matrix, refuse_unusable, usable_matrix
 from ur_jax.metrics.streaming import check_same_dimension, on_mesh, place, rough_distances, stream
 from ur_jax.types import AnyArray, Array, PerImage, Representations
 
@@ -34,15 +35,15 @@ class _Queries(NamedTuple):
 
     adversarial: Array  # [Q, D]
     clean: Array  # [Q, D]
-    own_index: Array  # [Q]
+    own_index: AnyArray  # [Q]
 
 
 class _Counts(NamedTuple):
     """The running result; each device keeps its own, S of them."""
 
-    nearer: Array  # [S, Q]
-    compared: Array  # [S, Q]
-    not_finite: Array  # [S], bank rows with NaN or inf
+    nearer: AnyArray  # [S, Q]
+    compared: AnyArray  # [S, Q]
+    unusable: AnyArray  # [S], bank rows with NaN, inf or beyond what squares hold
 
 
 @flax.struct.dataclass
@@ -72,7 +73,11 @@ def neighbour_ranks(
     `breakaway_risk` and `nearest_neighbour_hits` follow from it. The count is that of exact
     comparisons of the differences in float32, whatever the block size and the devices: a copy of
     the own image is never nearer, and an attack that changed nothing has rank 0. For l2 and cosine
-    a matrix product decides all pairs but those within its rounding error.
+    a matrix product decides all pairs but those within its rounding error, as it is estimated (see
+    `distances.squared_l2_by_product`).
+
+    An attacked representation that is NaN, infinite or beyond what float32 can square counts as
+    infinitely far from its own: all images are nearer.
 
     Args:
       adversarial: f(x_adv) [Q, D], float32.
@@ -90,8 +95,8 @@ def neighbour_ranks(
       rank and compared, the number of other images in the bank (N - 1, or N if not in it).
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, own_index outside [-1, N), NaN or infinite
-        representations.
+      UserError: for shapes or dtypes that do not fit, own_index outside [-1, N), clean
+        representations or a bank that are not finite, or of a scale whose squares are not.
 
     Reference: Petrov & Kwiatkowska (2022), section 4.
     """
@@ -117,8 +122,7 @@ def init_ranks(
 ) -> RankState:
     """Starts a count of `neighbour_ranks` (arguments there) whose blocks the caller supplies."""
     dist.check_divergence(divergence)
-    adversarial = finite_matrix("adversarial", adversarial)
-    clean = finite_matrix("clean", clean)
+    adversarial, clean = matrix("adversarial", adversarial), usable_matrix("clean", clean)
     own_index = np.asarray(own_index)
     if adversarial.shape != clean.shape or own_index.shape != adversarial.shape[:1]:
         raise UserError(
@@ -164,13 +168,15 @@ def update_ranks(
         divergence=state.divergence,
         mesh=state.mesh,
     )
-    return state.replace(counts=counts)
+    return dataclasses.replace(state, counts=counts)
 
 
 def finish_ranks(state: RankState) -> Ranks:
-    """Adds up the devices' counts; ValueError if the bank had rows with NaN or inf."""
-    refuse_not_finite("bank", int(jnp.sum(state.counts.not_finite)))
-    return Ranks(jnp.sum(state.counts.nearer, axis=0), jnp.sum(state.counts.compared, axis=0))
+    """Adds up the devices' counts; UserError if the bank had rows that are not finite."""
+    refuse_unusable("bank", int(jnp.sum(state.counts.unusable)))
+    compared = jnp.sum(state.counts.compared, axis=0)
+    lost = ~in_range(state.queries.adversarial)
+    return Ranks(jnp.where(lost, compared, jnp.sum(state.counts.nearer, axis=0)), compared)
 
 
 @functools.partial(jax.jit, static_argnames=("divergence", "mesh"), donate_argnums=0)
@@ -195,8 +201,8 @@ def _count_block(counts, queries, block, indices, mask, *, divergence, mesh):
         total = counts.nearer[0] + jnp.sum(nearer, axis=1)
         total = dist.for_flagged_columns(undecided, compare_column, total)
         compared = counts.compared[0] + jnp.sum(candidates, axis=1)
-        not_finite = counts.not_finite + count_not_finite(block, mask)
-        return _Counts(total[None], compared[None], not_finite)
+        unusable = counts.unusable + count_unusable(block, mask)
+        return _Counts(total[None], compared[None], unusable)
 
     return on_mesh(count, mesh)(counts, queries, block, indices, mask)
 

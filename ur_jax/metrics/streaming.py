@@ -55,7 +55,7 @@ def on_mesh(fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
     return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=divided)
 
 
-def check_same_dimension(queries: Array, bank: AnyArray) -> None:
+def check_same_dimension(queries: AnyArray, bank: AnyArray) -> None:
     """Raises ValueError unless the bank is [N, D] with the D of the queries."""
     if bank.ndim != 2 or queries.shape[1] != bank.shape[1]:
         raise UserError(

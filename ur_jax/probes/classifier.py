@@ -11,7 +11,7 @@ from flax import struct
 
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError
-from ur_jax.metrics.checks import check_spread, finite_matrix
+from ur_jax.metrics.checks import check_spread, usable_matrix
 from ur_jax.types import Array
 
 
@@ -50,7 +50,7 @@ def nearest_image_classifier(encoder: Encoder, representations: Array | np.ndarr
     Raises:
       UserError: for fewer than two of them, not finite ones, or ones that are all the same point.
     """
-    finite_matrix("representations", representations)
+    usable_matrix("representations", representations)
     if len(representations) < 2:
         raise UserError(f"Expected at least 2 representations, got {len(representations)}.")
     check_spread(representations, f"encoder {encoder.name!r}")
