@@ -122,7 +122,7 @@ def test_pairwise_of_one_row_and_of_equal_rows():
 
 @pytest.mark.parametrize("kind", ["normal", "relu", "offset", "heavy"])
 @pytest.mark.parametrize("dimension", [3, 100, 2048])
-def test_product_stays_within_its_error_bound(kind, dimension):
+def test_product_stays_within_its_error_estimate(kind, dimension):
     a, b = normal(0, 60, dimension), normal(1, 70, dimension)
     transform = {
         "normal": lambda x: x,
@@ -136,7 +136,28 @@ def test_product_stays_within_its_error_bound(kind, dimension):
     assert np.all(error <= bound)
 
 
-def test_error_bound_stays_small_under_a_common_offset():
+def test_errors_that_all_go_one_way_exceed_the_estimate():
+    """So it is no bound: rows of one value each, at D = 2048."""
+    a, b = (np.repeat(normal(seed, 60, 1), 2048, axis=1) for seed in (0, 1))
+    squared, estimate = jax.jit(dist.squared_l2_by_product)(a, b)
+    error = np.abs(squared - distance_twin(a[:, None], b[None], "l2") ** 2)
+    assert np.max(error / estimate) < 41
+    for name in ("squared_l2_by_product", "relative_rounding"):
+        assert "no bound" in " ".join(getattr(dist, name).__doc__.split())
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e19, 1e30])
+def test_cosine_does_not_depend_on_the_scale(scale):
+    a, b = normal(0, 9, 40), normal(1, 9, 40)
+    b[3] = 0.0
+    expected = dist.distance(a, b, divergence="cosine")
+    scaled = dist.distance(a * np.float32(scale), b * np.float32(scale), divergence="cosine")
+    np.testing.assert_allclose(scaled, expected, rtol=1e-5)
+    similarity = dist.all_distances(a * np.float32(scale), b * np.float32(scale)).cosine_similarity
+    assert np.all(np.asarray(similarity) < 0.9)
+
+
+def test_error_estimate_stays_small_under_a_common_offset():
     a, b = normal(0, 20, 40) + np.float32(300), normal(1, 20, 40) + np.float32(300)
     squared, bound = dist.squared_l2_by_product(a, b)
     assert np.all(bound < 1e-3 * squared)

@@ -1,7 +1,7 @@
 """Shapes of public functions, checked whenever a test calls one.
 
-A call whose shapes are not those of the signature fails, unless the function itself refuses it: what
-the types refuse, the checks at the entry must refuse too, in a line that a user understands.
+A call whose shapes are not those of the signature fails, unless the function itself refuses it:
+what the types refuse, the checks at the entry must refuse too, in a line that a user understands.
 """
 
 from __future__ import annotations

@@ -20,6 +20,9 @@ _UNIT_ROUNDOFF = 2.0**-24
 _LARGEST_RELATIVE_ERROR = 2.0**-12  # of a squared distance that comes from a matrix product
 _ROWS_AT_A_TIME = 8
 
+LARGEST, SMALLEST = 2.0**50, 2.0**-40
+"""Of the entries of a representation; the largest of all must be at least `SMALLEST`, or all 0."""
+
 
 class Distances(NamedTuple):
     """What an attack records about two sets of representations, each of shape [...]."""
@@ -89,12 +92,12 @@ def pairwise_distances(
 ) -> Float32[Array, "m n"]:
     """Distances between every row of `a` and every row of `b`, or among the rows of `a`.
 
-    l2 and cosine come from one matrix product in full float32; where its rounding could exceed
-    2^-12 of a squared distance (close pairs, of which an encoder has few), the column is
-    computed again from the differences, as in `distance`, so that equal and close rows are not
-    lost in cancellation. l1 and linf take a few rows of `b` at a time. Memory beyond the
-    arguments: the result a few times, and one copy of `a` (for cosine, of `b` too). l2 and
-    cosine have no reverse-mode gradient here; use `distance` for that.
+    l2 and cosine come from one matrix product in full float32; where its rounding, as
+    `squared_l2_by_product` estimates it, could exceed 2^-12 of a squared distance (close pairs, of
+    which an encoder has few), the column is computed again from the differences, as in `distance`,
+    so that equal and close rows are not lost in cancellation. l1 and linf take a few rows of `b` at
+    a time. Memory beyond the arguments: the result a few times, and one copy of `a` (for cosine, of
+    `b` too). l2 and cosine have no reverse-mode gradient here; use `distance` for that.
 
     Args:
       a: representations [M, D], float32.
@@ -141,7 +144,7 @@ def _pairwise_distances(a: Array, b: Array | None, *, divergence: str) -> Array:
 def squared_l2_by_product(
     a: Float32[AnyArray, "m dim"], b: Float32[AnyArray, "n dim"]
 ) -> tuple[Float32[Array, "m n"], Float32[Array, "m n"]]:
-    """Squared l2 distances of all pairs by one matrix product, and a bound on their error.
+    """Squared l2 distances of all pairs by one matrix product, and an estimate of their error.
 
         |a - b|^2 = |a - m|^2 + |b - m|^2 - 2 (<a - m, b> - <a - m, m>),    m = mean of b
 
@@ -153,9 +156,13 @@ def squared_l2_by_product(
       b: representations [N, D], float32.
 
     Returns:
-      The squares [M, N], >= 0, and a bound [M, N] on the rounding error. The bound is not a worst
-      case, which grows by D; it is (4 + sqrt(D)/6) 2^-24 of the terms that cancel, several times
-      the largest error seen.
+      The squares [M, N], >= 0, and an estimate [M, N] of their rounding error,
+      (4 + sqrt(D)/6) 2^-24 of the terms that cancel. It is no bound: a worst case grows by D, and
+      would have every pair measured again. Where roundings are independent (features of both
+      signs, rectified, with a common offset, heavy-tailed) no error seen exceeds it; where they all
+      go one way (rows of one value each, or a few features far larger than the rest) errors of 2 to
+      41 times the estimate were seen. Two pairs whose squares differ by less than that may then be
+      taken in the wrong order.
     """
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     centre = jnp.mean(b, axis=0)
@@ -170,7 +177,7 @@ def squared_l2_by_product(
 
 
 def relative_rounding(dimension: int) -> float:
-    """Relative rounding error allowed for a float32 sum of `dimension` products."""
+    """Relative rounding of a float32 sum of `dimension` products: an estimate, no bound."""
     return (4.0 + dimension**0.5 / 6.0) * _UNIT_ROUNDOFF
 
 
@@ -205,6 +212,10 @@ def reduce_difference(difference: Rows, divergence: str) -> PerRow:
 
 def directions(x: Rows) -> Float32[Array, "*rows dim+1"]:
     """Unit vectors [..., D + 1] of rows [..., D]; the last coordinate is that of zero vectors."""
+    # Rows whose squares float32 can't hold, or would lose, are scaled first; others by exactly 1.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    held = (largest <= LARGEST) & (largest >= SMALLEST) | (largest == 0.0)
+    x = x / jnp.where(held | ~jnp.isfinite(largest), 1.0, largest)
     squared = jnp.sum(x**2, axis=-1, keepdims=True)
     zero = squared == 0.0
     unit = x / jnp.sqrt(jnp.where(zero, 1.0, squared))

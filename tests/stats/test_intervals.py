@@ -111,9 +111,21 @@ def test_mean_of_equal_values_is_not_certain():
     assert mean_interval([0.4]) == Estimate(0.4, 0.0, 1.0, 1)
 
 
-@pytest.mark.parametrize("interval", [median_interval, mean_interval])
-def test_bad_values_are_refused_with_their_number(interval):
-    with pytest.raises(ValueError, match="2 NaN or infinite of 4"):
+def test_infinite_values_have_their_place_in_a_median():
+    """The order statistics of ranks are those of any increasing function of them."""
+    values = np.concatenate([np.full(5, -np.inf), np.arange(20.0), np.full(8, np.inf)])
+    value, low, high, n = median_interval(np.random.default_rng(0).permutation(values))
+    ranks = median_interval(np.arange(33))
+    assert (value, low, high, n) == (*(values[int(r)] for r in ranks[:3]), 33)
+    assert median_interval([1.0, np.inf, np.inf, np.inf]) == (np.inf, -np.inf, np.inf, 4)
+    assert median_interval([1.0, np.inf]).value == np.inf
+
+
+@pytest.mark.parametrize(
+    ("interval", "message"), [(median_interval, "1 NaN of 4"), (mean_interval, "2 NaN or infinite")]
+)
+def test_bad_values_are_refused_with_their_number(interval, message):
+    with pytest.raises(ValueError, match=message):
         interval([0.1, np.nan, 0.3, np.inf])
     with pytest.raises(ValueError, match="at least one"):
         interval([])

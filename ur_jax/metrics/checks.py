@@ -17,17 +17,15 @@ from ur_jax.errors import UserError
 from ur_jax.types import AnyArray, Array
 
 _SPREAD = 1e-6
-LARGEST, SMALLEST = 2.0**50, 2.0**-40
-"""Of the entries of a representation; the largest of all must be at least `SMALLEST`, or all 0."""
 
 
 def in_range(block: AnyArray) -> Array:
     """Whether each row (..., D) is finite, and its squares are."""
-    return jnp.all(jnp.abs(block) <= LARGEST, axis=-1)  # not so for NaN
+    return jnp.all(jnp.abs(block) <= dist.LARGEST, axis=-1)  # not so for NaN
 
 
 def count_unusable(block: Array, mask: Array | bool = True) -> Array:
-    """Number of unmasked rows that hold NaN, infinity or an entry beyond `LARGEST`."""
+    """Number of unmasked rows that hold NaN, infinity or an entry beyond `distances.LARGEST`."""
     return jnp.sum(mask & ~in_range(block))
 
 
@@ -45,9 +43,9 @@ def usable_matrix(name: str, array: AnyArray) -> Array:
     if not isinstance(rows, Tracer):
         bad, largest = jax.device_get(_count_and_largest(rows))
         refuse_unusable(name, int(bad))
-        if 0.0 < largest < SMALLEST:
+        if 0.0 < largest < dist.SMALLEST:
             raise UserError(
-                f"Expected {name} whose largest entry is at least {SMALLEST:.0e}, got "
+                f"Expected {name} whose largest entry is at least {dist.SMALLEST:.0e}, got "
                 f"{largest:.1e}: squares of differences would vanish in float32. Multiply the "
                 "encoder's output by a constant."
             )
@@ -59,8 +57,8 @@ def refuse_unusable(name: str, bad: int) -> None:
     if bad:
         raise UserError(
             f"Expected finite {name}, got {bad} rows with NaN or infinite values, or with entries "
-            f"beyond {LARGEST:.0e}, whose squares are infinite; check the encoder's weights, its "
-            "dtype and the scale of its output."
+            f"beyond {dist.LARGEST:.0e}, whose squares are infinite; check the encoder's weights, "
+            "its dtype and the scale of its output."
         )
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float32
 
 from ur_jax import distances as dist
 from ur_jax.errors import UserError
-from ur_jax.metrics.checks import usable_matrix
+from ur_jax.metrics.checks import in_range, usable_matrix
 from ur_jax.types import AnyArray, Array, Key, PerImage, Representations
 
 # Levels at which the reference stores the distribution.
@@ -30,6 +30,14 @@ class DistanceDistribution:
 
     distances: Array
     divergence: str = flax.struct.field(pytree_node=False)
+
+    def check(self, divergence: str | None) -> None:
+        """Raises UserError for distances by another divergence; None is not known."""
+        if divergence not in (None, self.divergence):
+            raise UserError(
+                f"Expected distances by {self.divergence}, as in the distribution, got "
+                f"{divergence}; make one with divergence={divergence!r}."
+            )
 
     @property
     def median(self) -> Array:
@@ -113,9 +121,12 @@ def _distances_within_batches(
     return jnp.sort(jax.lax.map(one_batch, (order, mask)).ravel())[:num_pairs]
 
 
-@functools.partial(jax.jit, static_argnames="nearest_level")
 def universal_quantile(
-    distribution: DistanceDistribution, distances: Array, *, nearest_level: bool = False
+    distribution: DistanceDistribution,
+    distances: Array,
+    *,
+    nearest_level: bool = False,
+    divergence: str | None = None,
 ) -> Array:
     """F(d): the share of clean pairs at most this far apart.
 
@@ -126,12 +137,23 @@ def universal_quantile(
       nearest_level: False for the exact empirical F. True for the reference's look-up, which
         keeps F at the levels 0.001 ... 0.999 and 100 log-spaced ones in [1e-9, 1e-3) and
         returns the level whose distance is nearest.
+      divergence: that the distances are by, to have it compared with the distribution's.
 
     Returns:
       Shares in [0, 1], of the shape of `distances`, float32; NaN where the distance is NaN.
 
+    Raises:
+      UserError: for distances by another divergence.
+
     Reference: Petrov & Kwiatkowska (2022), section 4; the look-up, the authors' code.
     """
+    distribution.check(divergence)
+    return _universal_quantile(distribution, distances, nearest_level=nearest_level)
+
+
+@functools.partial(jax.jit, static_argnames="nearest_level")
+def _universal_quantile(distribution, distances, *, nearest_level) -> Array:
+    """`universal_quantile` without the check."""
     distances = jnp.asarray(distances, jnp.float32)
     n = distribution.distances.shape[0]
     if nearest_level:
@@ -164,18 +186,30 @@ def relative_quantile(distances: Array, initial_distances: Array) -> Array:
     return distances / initial_distances
 
 
-@jax.jit
-def normalised_distance(distribution: DistanceDistribution, distances: Array) -> Array:
+def normalised_distance(
+    distribution: DistanceDistribution, distances: Array, *, divergence: str | None = None
+) -> Array:
     """Distance in units of the median distance between clean images, d / median F.
 
     Args:
       distribution: F, by the same divergence as `distances`.
       distances: any shape, >= 0.
+      divergence: that they are by, to have it compared with the distribution's.
 
     Returns:
       The ratio per image. F is taken as given: intervals over images do not include the error of
       its median.
+
+    Raises:
+      UserError: for distances by another divergence.
     """
+    distribution.check(divergence)
+    return _normalised_distance(distribution, distances)
+
+
+@jax.jit
+def _normalised_distance(distribution: DistanceDistribution, distances: Array) -> Array:
+    """`normalised_distance` without the check."""
     return distances / distribution.median
 
 
@@ -200,13 +234,17 @@ def adversarial_margin(
       divergence: one of `distances.DIVERGENCES`.
 
     Returns:
-      Margin ratios [B]; below 0, the attacked y is nearer to f(x) than the attacked x is. NaN or
-      inf where f(x) = f(y). Robust is high.
+      Margin ratios [B]; below 0, the attacked y is nearer to f(x) than the attacked x is. -inf, the
+      worst, where an attacked representation is NaN, infinite or beyond what float32 can square;
+      else NaN where f(x) = f(y). Robust is high.
 
     Reference: Petrov & Kwiatkowska (2022), section 4.
     """
     d = functools.partial(dist.distance, f_x, divergence=divergence)
-    return (d(f_y_to_x) - d(f_x_to_y)) / d(f_y)
+    apart = d(f_y)
+    margins = jnp.where(apart == 0.0, jnp.nan, (d(f_y_to_x) - d(f_x_to_y)) / apart)
+    lost = in_range(f_x) & in_range(f_y) & ~(in_range(f_x_to_y) & in_range(f_y_to_x))
+    return jnp.where(lost, -jnp.inf, margins)
 
 
 @jax.jit

@@ -65,7 +65,7 @@ def check_same_dimension(queries: AnyArray, bank: AnyArray) -> None:
 
 
 def rough_distances(queries: Array, rows: Array, divergence: str) -> tuple[Array, Array]:
-    """What orders the rows by distance to each query [Q, B], and a bound on its rounding error."""
+    """What orders the rows by distance to each query [Q, B], and an estimate of its rounding."""
     if divergence in ("l2", "cosine"):
         return dist.squared_l2_by_product(queries, rows)
     distances = dist.pairwise_distances(queries, rows, divergence=divergence)

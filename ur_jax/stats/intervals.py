@@ -36,23 +36,27 @@ def median_interval(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
     F(d), is that of d transformed, with F taken as given.
 
     Args:
-      values: one number per image [n], n >= 1, finite.
+      values: one number per image [n], n >= 1; infinite ones have their place at the ends.
       confidence: coverage wanted, in (0, 1).
 
     Returns:
       The median with its interval.
 
     Raises:
-      ValueError: for NaN, infinite or no values, or a confidence outside (0, 1).
+      UserError: for NaN or no values, or a confidence outside (0, 1).
 
     Reference: H. A. David, H. N. Nagaraja, Order Statistics, 3rd ed. (2003), section 7.1.
     """
-    values = np.sort(_finite(values))
+    values = np.sort(_numbers(values))
+    _tail(confidence)
     n = values.size
-    # ppf is the smallest k with P(K <= k) >= tail, so that P(K < k) < tail, up to a tie.
-    rank = int(stats.binom.ppf(_tail(confidence), n, 0.5))
-    low, high = (values[rank - 1], values[n - rank]) if rank else (-np.inf, np.inf)
-    return Estimate(float(np.median(values)), float(low), float(high), n)
+    low_middle, high_middle = values[(n - 1) // 2], values[n // 2]
+    # Two equal ones may be infinite, and have no mean of their own.
+    median = low_middle if low_middle == high_middle else np.mean([low_middle, high_middle])
+    low, high = stats.quantile_test(values, p=0.5).confidence_interval(confidence)
+    # NaN where no order statistic covers.
+    low, high = -np.inf if np.isnan(low) else low, np.inf if np.isnan(high) else high
+    return Estimate(float(median), float(low), float(high), n)
 
 
 def proportion_interval(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
@@ -133,13 +137,20 @@ def mean_interval(
 
 def _finite(values: ArrayLike) -> np.ndarray:
     """The values as float64 [n], refused if there are none or some are not finite."""
+    return _numbers(values, infinite=False)
+
+
+def _numbers(values: ArrayLike, infinite: bool = True) -> np.ndarray:
+    """The values as float64 [n], refused if there are none, or some are NaN, or infinite."""
     values = np.asarray(values, np.float64).ravel()
     if values.size == 0:
         raise UserError("Expected at least one value, got none.")
-    bad = int(np.count_nonzero(~np.isfinite(values)))
+    bad = int(np.count_nonzero(np.isnan(values) if infinite else ~np.isfinite(values)))
     if bad:
+        what = "numbers, got" if infinite else "finite values, got"
+        kind = "NaN" if infinite else "NaN or infinite"
         raise UserError(
-            f"Expected finite values, got {bad} NaN or infinite of {values.size}; leave those "
+            f"Expected {what} {bad} {kind} of {values.size}; leave those "
             f"images out and say so, or find what made them (representations, zero distances)."
         )
     return values

@@ -27,8 +27,8 @@ def relative(columns: Columns, distribution: metrics.DistanceDistribution) -> Co
     """F(eps_out) and eps_out / median F; 1 and infinity where it abstained."""
     eps_out = jnp.asarray(columns["eps_out"].astype(np.float32))
     return {
-        "quantile": np.asarray(metrics.universal_quantile(distribution, eps_out)),
-        "normalised": np.asarray(metrics.normalised_distance(distribution, eps_out)),
+        "quantile": np.asarray(metrics.universal_quantile(distribution, eps_out, divergence="l2")),
+        "normalised": np.asarray(metrics.normalised_distance(distribution, eps_out, divergence="l2")),
     }
 
 
