@@ -23,6 +23,8 @@ Keys = jaxtyping.Key[Array, ""] | jaxtyping.Key[Array, " batch"]
 PyTree = Any
 
 Images = Float[AnyArray, "batch height width 3"]
+OnDevice = Float32[Array, "batch height width 3"]
+"""Images as a function gives them."""
 Image = Float[AnyArray, "height width 3"]
 PerImage = Float32[Array, " batch"]
 Representations = Float32[AnyArray, "batch dim"]

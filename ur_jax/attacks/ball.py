@@ -10,7 +10,7 @@ import jaxtyping
 
 from ur_jax.checks import check_finite_array, check_key, check_number, check_pixels
 from ur_jax.errors import UserError, unknown_name
-from ur_jax.types import AnyArray, Array, Images, Keys, PerImage
+from ur_jax.types import AnyArray, Array, Images, Keys, OnDevice, PerImage
 
 NORMS = ("linf", "l2")
 UNIT = "pixel units of [0,1]"
@@ -57,7 +57,7 @@ class Ball:
         return self.project(self.images + self.eps * jax.vmap(draw)(keys))
 
 
-def project(attacked: Images, images: Images, *, eps: float | Array, norm: str) -> Images:
+def project(attacked: Images, images: Images, *, eps: float | Array, norm: str) -> OnDevice:
     """Moves `attacked` into the ball of radius `eps` around `images`, and into [0,1].
 
     linf: clips every pixel to [x - eps, x + eps], then to [0,1]. l2: scales the perturbation to

@@ -16,7 +16,7 @@ from ur_jax.checks import check_finite_array, check_pixels, check_type
 from ur_jax.distances import all_distances
 from ur_jax.encoders.base import Encoder, check_images
 from ur_jax.errors import UserError
-from ur_jax.types import Array, Images, Keys, Representations
+from ur_jax.types import Array, Images, Keys, OnDevice, Representations
 
 
 class AttackHistory(NamedTuple):
@@ -128,7 +128,7 @@ def u_fgsm(
     return u_pgd(encoder, images, key, config=fgsm_config(eps, norm), target=target)
 
 
-def random_start(images: Images, key: Keys, *, config: AttackConfig) -> Images:
+def random_start(images: Images, key: Keys, *, config: AttackConfig) -> OnDevice:
     """Returns where `u_pgd` with the same arguments starts, to go on from by its `start`.
 
     Args:

@@ -14,10 +14,11 @@ import numpy as np
 from flax import struct
 from flax.errors import ModifyScopeVariableError
 from jax.core import Tracer
+from jaxtyping import Float32
 
 from ur_jax.checks import check_array, check_pixels
 from ur_jax.errors import UserError, unknown_name
-from ur_jax.types import AnyArray, Array, Images, PyTree, Representations
+from ur_jax.types import AnyArray, Array, Images, PyTree
 
 PREPARATIONS = ("resize", "resize_crop")
 DTYPES = ("float32", "bfloat16")
@@ -75,7 +76,7 @@ class Encoder:
     dtype: str = struct.field(pytree_node=False)
     origin: Origin = struct.field(pytree_node=False, default=Origin())
 
-    def __call__(self, images: Images) -> Representations:
+    def __call__(self, images: Images) -> Float32[Array, "batch dim"]:
         """Returns the representations (B,D) float32 of images (B,H,W,3) float in [0,1].
 
         Raises:

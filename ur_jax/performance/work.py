@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ur_jax import attacks, certify, metrics
+from ur_jax.attacks import config as attack_config
+from ur_jax.attacks import unsupervised
 from ur_jax.certify import enclosing, sampling
 from ur_jax.devices import data_mesh, replicate, shard
 from ur_jax.encoders import loading
@@ -93,10 +95,10 @@ def u_pgd(size: Size) -> Workload:
     """An untargeted attack with its history: the clean pass, the steps, a last pass."""
     inputs = _inputs(size)
     keys = shard(data_mesh(), attacks.image_keys(jax.random.key(0), size.batch_size))
-    numbers, rest = attacks.config.split(attacks.AttackConfig(num_steps=size.num_steps))
+    numbers, rest = attack_config.split(attacks.AttackConfig(num_steps=size.num_steps))
     dynamic = dict(**inputs, keys=keys, target=None, start=None, size=numbers)
     items = size.batch_size * size.num_steps
-    workload = _compiled(attacks.unsupervised._u_pgd, dynamic, dict(config=rest), items=items)
+    workload = _compiled(unsupervised._u_pgd, dynamic, dict(config=rest), items=items)
     workload = workload._replace(note=f"{size.num_steps} steps")
     # A loop's body counts once in the compiler's analysis, beside the two passes outside it.
     beside = _compiled(_encode, inputs, items=size.batch_size)

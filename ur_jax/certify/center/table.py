@@ -26,9 +26,11 @@ _CAPTION = (
 def relative(columns: Columns, distribution: metrics.DistanceDistribution) -> Columns:
     """F(eps_out) and eps_out / median F; 1 and infinity where it abstained."""
     eps_out = jnp.asarray(columns["eps_out"].astype(np.float32))
+    quantile = metrics.universal_quantile(distribution, eps_out, divergence="l2")
+    normalised = metrics.normalised_distance(distribution, eps_out, divergence="l2")
     return {
-        "quantile": np.asarray(metrics.universal_quantile(distribution, eps_out, divergence="l2")),
-        "normalised": np.asarray(metrics.normalised_distance(distribution, eps_out, divergence="l2")),
+        "quantile": np.asarray(quantile),
+        "normalised": np.asarray(normalised),
     }
 
 
