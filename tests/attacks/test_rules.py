@@ -51,7 +51,7 @@ def test_a_rule_from_outside_is_on_the_command_line(tmp_path, monkeypatch, capsy
     (tmp_path / "toy_rules.py").write_text(TOY)
     (tmp_path / "toy_encoder.py").write_text(ENCODER)
     flags = [*FLAGS.split(), "--encoder", f"{tmp_path / 'toy_encoder.py'}:make"]
-    monkeypatch.setattr(cli.hosts, "join", lambda: None)
+    monkeypatch.setattr(cli.hosts, "join", lambda *launch: None)
     monkeypatch.setattr(jax.config, "update", lambda *args: None)  # it has eight devices already
 
     def run(name, *words):
