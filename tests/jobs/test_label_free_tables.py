@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
-from ur_jax import runs
+from ur_jax import data, runs
+from ur_jax.encoders import from_fn
 from ur_jax.jobs import label_free_tables as tables
-from ur_jax.jobs.label_free import EvaluationConfig
+from ur_jax.jobs.label_free import EvaluationConfig, LabelFree
+from ur_jax.jobs.progress import quiet
 
 
 def test_pairs_without_a_margin_are_counted_and_said(tmp_path):
@@ -26,3 +30,50 @@ def test_pairs_without_a_margin_are_counted_and_said(tmp_path):
     assert "two copies" in risk.excluded
     whole = rows["overlap_risk", "l1"]
     assert (whole.n, whole.n_excluded, whole.excluded) == (5, 0, "")
+
+
+def _between_levels(weight, images):
+    """W x, but NaN of a picture with a pixel between two of the 256 levels, as attacked ones are.
+
+    The rounding hides the gradient of the first pixels.
+    """
+    levels = images * 255.0
+    is_level = jnp.all(jnp.abs(levels - jnp.round(levels)) < 1e-3, axis=(1, 2, 3))
+    flat = images.reshape(len(images), -1).at[:, :3].set(jnp.round(levels[:, 0, 0]))
+    return jnp.where(is_level[:, None], flat @ weight, jnp.nan)
+
+
+def test_images_attacked_into_nan_are_the_worst_and_counted(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        pixels = rng.integers(0, 256, (6, 5, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i:02d}.png")
+    weight = jnp.asarray(rng.standard_normal((90, 6)), jnp.float32)
+    job = LabelFree(
+        encoder=from_fn(_between_levels, weight, input_size=(6, 5)),
+        images=data.open_images(f"folder:{tmp_path / 'images'}"),
+        protocol=EvaluationConfig(
+            num_images=6, eps=(0.05,), step_size=0.01, read_at=(1,),
+            overlap_steps=1, breakaway_steps=1, batch_size=8,
+        ),
+    )  # fmt: skip
+    summary = job.run(tmp_path / "run", progress=quiet, plots=False)
+    worst = {
+        "normalised_distance": np.inf, "universal_quantile": 1.0, "cosine_similarity": -1.0,
+        "universal_quantile_targeted": 0.0, "relative_quantile": 0.0, "overlap_risk": 1.0,
+        "adversarial_margin": -np.inf, "breakaway_risk": 1.0, "top_1_accuracy": 0.0,
+        "top_5_accuracy": 0.0,
+    }  # fmt: skip
+    seen = set()
+    for row in summary.rows:
+        if row.metric in worst:
+            seen.add(row.metric)
+            assert (row.value, row.n, row.n_excluded) == (worst[row.metric], 6, 0), row
+    assert seen == set(worst)
+    assert {s: c["lost"] for s, c in summary.details["attack_health"].items()} == dict.fromkeys(
+        ("untargeted_0.05", "targeted_0.05", "overlap", "breakaway"), 6
+    )
+    assert sum("count as the worst" in remark for remark in job.remarks(summary)) == 4
+    curves = list(job.curves(tmp_path / "run", summary, {}))
+    assert {float(c.value[-1]) for c in curves if c.kind == "line"} == {np.inf, 0.0}

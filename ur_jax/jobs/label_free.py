@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import Mesh
@@ -31,8 +32,8 @@ from ur_jax.devices import hosts, memory
 from ur_jax.distances import distance
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError, unknown_name
+from ur_jax.jobs import attack_health, parts
 from ur_jax.jobs import label_free_tables as tables
-from ur_jax.jobs import parts
 from ur_jax.jobs.base import Curve, Job, Session, register
 from ur_jax.jobs.label_free_tables import DIVERGENCES
 from ur_jax.runs.summary import Summary
@@ -196,7 +197,9 @@ class LabelFree(Job):
         }
         rows = [row for stage, table in make.items() if stage in self.stages for row in table()]
         left_out = parts.unreadable(run, *([clean] if clean else []), but=("gallery",))
-        return self.summary(rows, left_out)
+        return self.summary(
+            rows, left_out, attack_health=attack_health.measured(run, self.attack_stages)
+        )
 
     def draw(self, session: Session) -> None:
         from ur_jax.report import plots  # needs matplotlib, of the extra "report"
@@ -222,6 +225,19 @@ class LabelFree(Job):
             decoded.reshape(*rows.shape, *decoded.shape[1:]) / 255.0,
             rows == gallery["index"][:, None],
         )
+
+    @property
+    def attack_stages(self) -> tuple[str, ...]:
+        """Names of the stages of parts that attack."""
+        modes = ("untargeted", "targeted")
+        histories = tuple(f"{mode}_{eps:g}" for eps in self.protocol.eps for mode in modes)
+        found = {"attacks": histories, "overlap": ("overlap",), "breakaway": ("breakaway",)}
+        return tuple(name for stage in self.stages for name in found.get(stage, ()))
+
+    @classmethod
+    def remarks(cls, summary: Summary) -> Iterator[str]:
+        yield from super().remarks(summary)
+        yield from attack_health.remarks(summary.details.get("attack_health", {}))
 
     @classmethod
     def curves(
@@ -279,9 +295,10 @@ class LabelFree(Job):
         target: ImageBatch | None = None,
     ) -> dict[str, Any]:
         """What is read of an attack, at each step."""
-        towards = None if target is None else self._encode(mesh, target)
+        towards = None if target is None else self._target(mesh, target)
         result = self._u_pgd(mesh, batch, stream, attack, towards)
         history = {name: getattr(result.history, name) for name in tables.HISTORY}
+        history |= attack_health.columns(result, attack.num_steps)
         return history | ({} if target is None else {"target": target.indices})
 
     def _overlap(self, session: Session) -> None:
@@ -293,15 +310,17 @@ class LabelFree(Job):
         attack = config.attack(config.overlap_eps, config.overlap_steps)
 
         def compute(first, second):
-            x, y = self._encode(mesh, first), self._encode(mesh, second)
-            x_to_y = self._u_pgd(mesh, first, _OVERLAP, attack, y).representations
-            y_to_x = self._u_pgd(mesh, second, _OVERLAP, attack, x).representations
+            x, y = self._target(mesh, first), self._target(mesh, second)
+            there = self._u_pgd(mesh, first, _OVERLAP, attack, y)
+            back = self._u_pgd(mesh, second, _OVERLAP, attack, x)
+            x_to_y, y_to_x = there.representations, back.representations
+            health = attack_health.columns(there, attack.num_steps)
             margins = {
                 f"margin_{d}": metrics.adversarial_margin(x, y, x_to_y, y_to_x, divergence=d)
                 for d in DIVERGENCES
             }
             clean = {f"clean_dist_{d}": distance(x, y, divergence=d) for d in DIVERGENCES}
-            return {"second": second.indices, **margins, **clean}
+            return {"second": second.indices, **margins, **clean, **health}
 
         first, second = indices[:num_pairs], indices[num_pairs:]
         self._stage(session, "overlap", "pairs attacked both ways", compute, first, second)
@@ -322,7 +341,8 @@ class LabelFree(Job):
                 shown = {"images": batch.images, "attacked_images": np.asarray(result.images)}
                 shown["index"] = batch.indices
                 session.run.write_part("gallery", 0, {k: v[rows] for k, v in shown.items()})
-            return {"attacked": result.representations, "clean": clean}
+            health = attack_health.columns(result, attack.num_steps)
+            return {"attacked": result.representations, "clean": clean, **health}
 
         self._stage(session, "breakaway", "breakaway attack", compute, indices)
 
@@ -346,6 +366,10 @@ class LabelFree(Job):
     def _encode(self, mesh: Mesh, batch: ImageBatch) -> Array:
         """Clean representations (B,D) of a batch."""
         return parts.encode(self.model, devices.shard(mesh, batch.images))
+
+    def _target(self, mesh: Mesh, batch: ImageBatch) -> Array:
+        """Clean representations (B,D) to move towards; 0 for what stands for no image."""
+        return jnp.where(batch.mask[:, None], self._encode(mesh, batch), 0.0)
 
     def _u_pgd(
         self, mesh: Mesh, batch: ImageBatch, stream: int, attack: AttackConfig,

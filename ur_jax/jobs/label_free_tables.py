@@ -32,10 +32,16 @@ HISTORY = (
 DISTRIBUTION = 6
 """The stream of random numbers that shuffles the bank."""
 
-_NO_VALUE = (
-    "two copies of an image, with no ratio to their distance of 0, or outputs that are not finite"
-)
+_NO_VALUE = "two copies of an image, with no ratio to their distance of 0"
 _LEVELS = np.arange(1, 1000) / 1000
+_WORST = {
+    "cosine_similarity": -1.0,
+    "universal_quantile": 1.0,
+    "normalised_distance": math.inf,
+    "universal_quantile_targeted": 0.0,
+    "relative_quantile": 0.0,
+}
+"""Of an attacked image whose representation is NaN or infinite."""
 _NUM_NEIGHBOURS = 5
 
 Bank = Mapping[str, np.ndarray]
@@ -95,18 +101,27 @@ def attack_rows(
             else:
                 del values["cosine_similarity"]  # robust is high against the clean image only
                 values["universal_quantile_targeted"] = shares
-                values["relative_quantile"] = {
-                    d: metrics.relative_quantile(part[f"dist_{d}"], part[f"dist_{d}"][:, :1])
-                    for d in DIVERGENCES
-                }
+                values["relative_quantile"] = {d: _relative(part[f"dist_{d}"]) for d in DIVERGENCES}
             for name, by_divergence in values.items():
                 for d, value in by_divergence.items():
+                    worst = np.where(_lost(part), _WORST[name], np.asarray(value))
                     for step in config.read_at:
-                        at_step = np.asarray(value)[:, step]
+                        at_step = worst[:, step]
                         yield _summarised(name, at_step, divergence=d, eps=eps, step=step)
             tables.append(_attack_columns(part, mode, eps, shares))
     columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     write_table(run.path / "attacks.parquet", columns)
+
+
+def _relative(distances: np.ndarray) -> np.ndarray:
+    """Distances (N,T) relative to those of the start; NaN for two copies of an image."""
+    start = distances[:, :1]
+    return np.where(start == 0.0, np.nan, metrics.relative_quantile(distances, start))
+
+
+def _lost(part: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Whether an attacked image was NaN or infinitely far, at each step (N,T)."""
+    return ~np.isfinite(part["dist_l2"])
 
 
 def breakaway_rows(run: Run, bank: Bank, config: EvaluationConfig, mesh: Mesh) -> Iterator[Row]:
@@ -142,7 +157,7 @@ def overlap_rows(run: Run, config: EvaluationConfig) -> Iterator[Row]:
     for d in DIVERGENCES:
         columns |= {name: part[name] for name in (f"margin_{d}", f"clean_dist_{d}")}
         margins = part[f"margin_{d}"]
-        is_below = np.where(np.isfinite(margins), margins < 0, np.nan)
+        is_below = np.where(np.isnan(margins), np.nan, margins < 0)
         for name, value in (("adversarial_margin", margins), ("overlap_risk", is_below)):
             yield _summarised(
                 name, value, divergence=d, eps=config.overlap_eps, step=config.overlap_steps
@@ -192,12 +207,14 @@ def attack_curves(folder: Path, scale: float | None) -> Iterator[Curve]:
             # Rows are written image after image, each from step 0 on.
             num_steps = int(table["step"][chosen].max()) + 1
             distances = table["dist_l2"][chosen].reshape(-1, num_steps).astype(np.float64)
+            worst = _WORST["relative_quantile"] if mode == "targeted" else math.inf
             if mode == "targeted":
-                distances = distances[distances[:, 0] > 0]  # two copies of an image have none
+                distances = distances[distances[:, 0] != 0]  # two copies of an image have none
                 relative = distances / distances[:, :1]
             else:
                 assert scale is not None
                 relative = distances / scale
+            relative = np.where(np.isfinite(distances), relative, worst)
             estimates = [median_interval(column) for column in relative.T]
             value, low, high, _ = np.array(estimates).T
             yield Curve(
@@ -236,9 +253,12 @@ def _attack_columns(part, mode, eps, shares) -> dict[str, np.ndarray]:
 
 
 def _summarised(metric: str, values, **settings) -> Row:
-    """The row of the finite values; it tells how many there are besides, and why."""
+    """The row of the values that are defined; it tells how many are not, and why.
+
+    An infinite value, the worst, is one of them.
+    """
     values = np.asarray(values)
-    finite = np.isfinite(values)
-    if not finite.all():
-        settings |= {"n_excluded": int(np.sum(~finite)), "excluded": _NO_VALUE}
-    return Row.of(metric, metrics.summarise(metric, values[finite]), **settings)
+    defined = ~np.isnan(values)
+    if not defined.all():
+        settings |= {"n_excluded": int(np.sum(~defined)), "excluded": _NO_VALUE}
+    return Row.of(metric, metrics.summarise(metric, values[defined]), **settings)

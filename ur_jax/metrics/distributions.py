@@ -123,7 +123,7 @@ def _distances_within_batches(
 
 def universal_quantile(
     distribution: DistanceDistribution,
-    distances: Array,
+    distances: AnyArray,
     *,
     nearest_level: bool = False,
     divergence: str | None = None,
@@ -171,7 +171,7 @@ def _universal_quantile(distribution, distances, *, nearest_level) -> Array:
 
 
 @jax.jit
-def relative_quantile(distances: Array, initial_distances: Array) -> Array:
+def relative_quantile(distances: AnyArray, initial_distances: AnyArray) -> Array:
     """Distance to the target at some step of a targeted attack, relative to that at step 0.
 
     The paper calls this ratio a relative quantile; it is a ratio of distances.
@@ -183,11 +183,11 @@ def relative_quantile(distances: Array, initial_distances: Array) -> Array:
     Returns:
       The ratio per image, >= 0; NaN or inf where the initial distance is 0. Robust is high.
     """
-    return distances / initial_distances
+    return jnp.divide(distances, initial_distances)
 
 
 def normalised_distance(
-    distribution: DistanceDistribution, distances: Array, *, divergence: str | None = None
+    distribution: DistanceDistribution, distances: AnyArray, *, divergence: str | None = None
 ) -> Array:
     """Distance in units of the median distance between clean images, d / median F.
 
@@ -208,9 +208,9 @@ def normalised_distance(
 
 
 @jax.jit
-def _normalised_distance(distribution: DistanceDistribution, distances: Array) -> Array:
+def _normalised_distance(distribution: DistanceDistribution, distances: AnyArray) -> Array:
     """`normalised_distance` without the check."""
-    return distances / distribution.median
+    return jnp.divide(distances, distribution.median)
 
 
 @functools.partial(jax.jit, static_argnames="divergence")
