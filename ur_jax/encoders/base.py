@@ -89,7 +89,11 @@ class Encoder:
         representations = self.apply_fn(self.params, normalised.astype(self.dtype))
         return representations.astype(jnp.float32)
 
-    def check(self, images: Array) -> tuple[str, ...]:
+    def replace(self, **changes: Any) -> Encoder:
+        """The encoder with other values of some attributes."""
+        return dataclasses.replace(self, **changes)
+
+    def check(self, images: Array | np.ndarray) -> tuple[str, ...]:
         """Doubts the encoder on a few images: inference mode, NaN inside, spread, gradient, scale.
 
         Args:

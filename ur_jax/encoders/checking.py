@@ -43,7 +43,7 @@ _CALLS = (
 )
 
 
-def check(encoder: Encoder, images: Array) -> tuple[str, ...]:
+def check(encoder: Encoder, images: Array | np.ndarray) -> tuple[str, ...]:
     """Doubts an encoder, on a few images.
 
     Args:

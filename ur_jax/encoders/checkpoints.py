@@ -14,7 +14,8 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -82,7 +83,7 @@ def save_encoder(
 def write_manifest(path: str | os.PathLike) -> None:
     """Writes the hashes of a checkpoint's files into it, for `check_files`."""
     path = _absolute(path)
-    write_json(path / _MANIFEST, {"format": 1, "files": _hashes(path)})
+    write_json(cast(Path, path / _MANIFEST), {"format": 1, "files": _hashes(path)})
 
 
 def restore_encoder(path: str | os.PathLike) -> tuple[PyTree, dict[str, Any]]:
@@ -200,7 +201,7 @@ def check_files(path: str | os.PathLike) -> None:
 def _differing(path: epath.Path) -> list[str]:
     """Files of a checkpoint that are missing or differ from what its manifest says."""
     try:
-        listed = read_json(path / _MANIFEST)["files"]
+        listed = read_json(cast(Path, path / _MANIFEST))["files"]
         have = _hashes(path, listed)
         return [name for name, digest in listed.items() if have.get(name) != digest]
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -230,7 +231,8 @@ def tree_hash(tree: PyTree) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         digest.update(f"{name}{np.shape(leaf)}".encode())
-        digest.update(np.ascontiguousarray(np.asarray(leaf).astype("<f4", copy=False)))
+        content: Any = np.ascontiguousarray(np.asarray(leaf).astype("<f4", copy=False))
+        digest.update(content)
     return digest.hexdigest()
 
 

@@ -56,7 +56,7 @@ class Config:
             raise UserError(f"Expected --list, or also --{', --'.join(missing)}.")
         valid = [name for name, spec in ENCODERS.items() if spec.rules]
         if self.encoder not in valid:
-            raise unknown_name("encoder", self.encoder, valid)
+            raise unknown_name("encoder", f"{self.encoder}", valid)
 
 
 def main(config: Config) -> None:
@@ -64,6 +64,7 @@ def main(config: Config) -> None:
     if config.list:
         Console().print(encoder_table())
         return
+    assert config.encoder and config.source and config.out  # `Config` has seen to it
     spec = ENCODERS[config.encoder]
     if config.representation == "backbone":
         spec = spec.without_head()

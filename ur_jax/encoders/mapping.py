@@ -185,7 +185,8 @@ def _shapes(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, jax.Sh
     """{"/"-separated path: shape and dtype} of a module's variables."""
     inputs = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), inputs)
-    return traverse_util.flatten_dict(variables, sep="/")
+    flat: dict[str, Any] = traverse_util.flatten_dict(variables, sep="/")
+    return flat
 
 
 def check_variables(
@@ -256,20 +257,20 @@ def _ignored(key: str, spec: EncoderSpec) -> bool:
     return any(re.fullmatch(pattern, key) for pattern in (_COUNTERS, *spec.ignored))
 
 
-def _arrange(array: np.ndarray, layout) -> np.ndarray:
+def _arrange(array: np.ndarray, layout: Any) -> np.ndarray:
     """The array in our layout, as a view where it can be one."""
-    if callable(layout):
+    if not isinstance(layout, str):
         array = layout(array)
-    elif _AXES[layout] is not None:
-        array = array.transpose(_AXES[layout])
+    elif (axes := _AXES[layout]) is not None:
+        array = array.transpose(axes)
     return array.astype(np.float32, copy=False)
 
 
-def _misshaped(array: np.ndarray, layout, expected: tuple[int, ...]) -> str | None:
+def _misshaped(array: np.ndarray, layout: Any, expected: tuple[int, ...]) -> str | None:
     """What is wrong with the shape or dtype of a source tensor, if anything."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return f"is {array.dtype}, expected floating point"
-    if not callable(layout):
+    if isinstance(layout, str):
         axes = _AXES[layout]
         source = expected if axes is None else tuple(expected[i] for i in np.argsort(axes))
         return None if array.shape == source else f"is {array.shape}, expected {source}"
@@ -306,7 +307,7 @@ def _prefix_hint(tensors, spec: EncoderSpec, used: str, num_matches: int) -> str
         )
         for prefix in prefixes
     }
-    best = max(counts, key=counts.get, default=used)
+    best = max(counts, key=lambda prefix: counts[prefix], default=used)
     if best == used or counts.get(best, 0) <= num_matches:
         return ""
     return (

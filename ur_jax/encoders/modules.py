@@ -60,8 +60,8 @@ def from_linen(
     name = method if isinstance(method, str) else getattr(method, "__name__", "__call__")
     if isinstance(module, nn.Sequential):
         module = module.clone(layers=tuple(module.layers))  # a list has no hash
-    keywords = tuple(sorted(keywords.items()))
-    apply_fn = LinenFn(module if _is_hashable(module) else _Itself(module), name, keywords)
+    kept = module if _is_hashable(module) else _Itself(module)
+    apply_fn = LinenFn(kept, name, tuple(sorted(keywords.items())))
     return from_fn(apply_fn, variables, **{"name": type(module).__name__, **settings})
 
 
@@ -104,7 +104,9 @@ class LinenFn:
 
     def __call__(self, variables: PyTree, images: Array) -> Array:
         module = self.module.value if isinstance(self.module, _Itself) else self.module
-        return module.apply(variables, images, method=self.method, **dict(self.keywords))
+        keywords: dict[str, Any] = dict(self.keywords)
+        result: Any = module.apply(variables, images, method=self.method, **keywords)
+        return result
 
 
 @dataclasses.dataclass(frozen=True)

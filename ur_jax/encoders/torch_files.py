@@ -30,7 +30,7 @@ _DTYPES = (
     *("float16", "float32", "float64", "complex64", "complex128", "str", "bytes", "object"),
     *("datetime64[s]", "timedelta64[s]"),
 )
-_HARMLESS = (
+_HARMLESS: tuple[Any, ...] = (
     argparse.Namespace,
     (_plain_dict, "collections.defaultdict"),
     collections.Counter,

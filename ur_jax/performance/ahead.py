@@ -92,7 +92,7 @@ class Compiled(NamedTuple):
         return not self.inner and (self.available is None or self.memory <= self.available)
 
 
-def topology_devices(topology: str) -> list[jax.Device]:
+def topology_devices(topology: str) -> list[Any]:
     """The devices of a TPU topology such as "v5e:16x16", on any machine.
 
     Raises:
@@ -147,7 +147,7 @@ def compile_encoder(
     chips = topology_devices(topology)
     mesh = devices.data_mesh(chips)
     num_hosts = len({chip.process_index for chip in chips})
-    batch_size = protocol.batch_size or EvaluationConfig.batch_size
+    batch_size = protocol.batch_size or EvaluationConfig.batch_size or 64
     num_images = max(1, batch_size * num_hosts // mesh.size) * mesh.size
     encoder = loading.abstract_encoder(name, "paper", dtype)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -270,7 +270,7 @@ def _compile(name, title, fn, arguments, count, kind) -> Compiled:
     seconds = time.monotonic() - start
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     needed = sum(getattr(memory, f"{k}_size_in_bytes") for k in ("argument", "output", "temp"))
-    inner, outer = collectives(compiled.as_text())
+    inner, outer = collectives(compiled.as_text() or "")
     num_chips = len(jax.tree.leaves(arguments)[0].sharding.device_set)
     per_image = num_chips / count  # the analysis is of one chip's program
     return Compiled(
@@ -289,14 +289,12 @@ def _count_block(mesh: Mesh, queries: tuple[Array, Array], block: Array) -> PyTr
     """One block of the bank on a fresh count of neighbours."""
     attacked, clean = queries
     number = attacked.shape[0]
-    counts = ranks._Counts(
-        *(jnp.zeros((mesh.size, number), jnp.int32) for _ in range(2)),
-        jnp.zeros(mesh.size, jnp.int32),
-    )
-    queries = ranks._Queries(attacked, clean, jnp.arange(number, dtype=jnp.int32))
+    zeros = jnp.zeros((mesh.size, number), jnp.int32)
+    counts = ranks._Counts(zeros, zeros, jnp.zeros(mesh.size, jnp.int32))
+    asked = ranks._Queries(attacked, clean, jnp.arange(number, dtype=jnp.int32))
     indices = jnp.arange(block.shape[0], dtype=jnp.int32)
     mask = jnp.ones(block.shape[0], bool)
-    return ranks._count_block(counts, queries, block, indices, mask, divergence="l2", mesh=mesh)
+    return ranks._count_block(counts, asked, block, indices, mask, divergence="l2", mesh=mesh)
 
 
 def _placed(tree: PyTree, where: NamedSharding) -> PyTree:

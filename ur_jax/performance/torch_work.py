@@ -42,7 +42,8 @@ def _best(make: Callable[..., Workload], size: work.Size, images: torch.Tensor) 
     """Frozen, in the case's dtype, channels last, compiled where that works."""
     last = torch.channels_last
     network = torch_networks.make_network(ENCODERS[size.encoder]).to(images.device)
-    network.network.to(dtype=getattr(torch, size.dtype), memory_format=last)
+    inner = network.get_submodule("network").to(dtype=getattr(torch, size.dtype))
+    inner.to(memory_format=last)
     network.requires_grad_(False)
     images = images.contiguous(memory_format=last)
     try:
@@ -70,6 +71,7 @@ def _u_pgd(network, images, size, name):
             if name == PUBLISHED:  # into the weights as well
                 objective.backward()
                 gradient = attacked.grad
+                assert gradient is not None
             else:
                 (gradient,) = torch.autograd.grad(objective, attacked)
             with torch.no_grad():

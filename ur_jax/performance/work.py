@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,8 +147,8 @@ def distances(size: Size) -> Workload:
     """Ranks of a batch's images among the rows of a bank, by exact comparisons."""
     dimension = make_encoder(size.encoder, size.dtype).dimension
     mesh, rows = data_mesh(), random_rows(size.num_rows, dimension)
-    clean = rows[: size.batch_size]
-    attacked = clean + 0.1 * random_rows(len(clean), dimension)
+    clean: Any = rows[: size.batch_size]
+    attacked: Any = clean + 0.1 * random_rows(len(clean), dimension)
     bank, indices = jnp.asarray(rows), np.arange(len(clean))
     run = lambda: metrics.neighbour_ranks(
         attacked, clean, bank, own_index=indices, block_size=len(rows), mesh=mesh
@@ -156,19 +156,19 @@ def distances(size: Size) -> Workload:
     return _called(run, items=len(clean) * len(rows))._replace(note=f"{len(rows):,} rows")
 
 
-def certificates(size: Size, bound: str = "exact") -> Workload:
+def certificates(size: Size, bound: Literal["exact", "union"] = "exact") -> Workload:
     """Certified divergence radii of two images at the paper's sigma and failure probabilities.
 
     Fixed ("exact") draws all samples, adaptive ("union") stops when the radius is known to 5 %.
     """
     encoder, images = _inputs(size).values()
     mesh = data_mesh()
-    config = certify.CenterConfig(n0=size.num_center, n=size.num_samples, bound=bound)
+    settings = certify.CenterConfig(n0=size.num_center, n=size.num_samples, bound=bound)
     some = np.asarray(images[:2])
     per_device = len(images) // mesh.size
     run = lambda: list(
         certify.center_smoothing(
-            encoder, some, jax.random.key(0), config=config, mesh=mesh, batch_size=per_device
+            encoder, some, jax.random.key(0), config=settings, mesh=mesh, batch_size=per_device
         )
     )
     return _called(run, items=len(some))

@@ -128,6 +128,7 @@ class PositionwiseNetwork(Network):
     """
 
     def __call__(self, x: Array, train: bool = False) -> dict[str, Array]:
+        assert self.head is not None
         feature_map = self.backbone.feature_map(x, train)
         outputs = {"backbone": feature_map, **self.head(feature_map, train)}
         return {name: global_average(output) for name, output in outputs.items()}

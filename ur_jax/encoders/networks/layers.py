@@ -196,9 +196,14 @@ def max_pool_3x3(x: Array) -> Array:
     return _plain_max_pool(x)
 
 
+def _max_pool(x: Array, size: Any, strides: Any, padding: Any) -> Array:
+    """Flax's, whose declared types leave padding in numbers out."""
+    return nn.max_pool(x, size, strides, padding)
+
+
 def _plain_max_pool(x):
     """The pooling, differentiated as JAX does."""
-    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    return _max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
 def _max_pool_forward(x):
@@ -214,7 +219,7 @@ def _max_pool_backward(x, grad):
 
 def _max_pool_gradient(x: Array, grad: Array) -> Array:
     """One axis after the other: the first row that holds the maximum, there the first column."""
-    by_columns = nn.max_pool(x, (1, 3), (1, 2), ((0, 0), (1, 1)))
+    by_columns = _max_pool(x, (1, 3), (1, 2), ((0, 0), (1, 1)))
     return _max_gradient_along(x, _max_gradient_along(by_columns, grad, axis=1), axis=2)
 
 

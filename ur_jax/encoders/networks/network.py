@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -42,7 +41,7 @@ class NetworkFn:
     representation: str
 
     def __call__(self, variables: PyTree, images: Array) -> Array:
-        representations: Mapping[str, Any] = self.network.apply(variables, images)
+        representations: Any = self.network.apply(variables, images)
         if self.representation not in representations:
             raise unknown_name("representation", self.representation, representations)
         return representations[self.representation]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 
@@ -22,7 +24,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        shared = dict(folded=self.folded, norm=self.norm)
+        shared: dict[str, Any] = dict(folded=self.folded, norm=self.norm)
         y = ConvNorm(self.features, 3, self.strides, _SAME3, **shared, name="conv1")(x, train)
         y = ConvNorm(self.features, 3, 1, _SAME3, **shared, name="conv2")(jax.nn.relu(y), train)
         if x.shape != y.shape:
@@ -41,7 +43,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        shared = dict(folded=self.folded, norm=self.norm)
+        shared: dict[str, Any] = dict(folded=self.folded, norm=self.norm)
         y = ConvNorm(self.features, 1, **shared, name="conv1")(x, train)
         y = ConvNorm(self.features, 3, self.strides, _SAME3, **shared, name="conv2")(
             jax.nn.relu(y), train
@@ -79,7 +81,7 @@ class ResNet(nn.Module):
     @nn.compact
     def feature_map(self, x: Array, train: bool = False) -> Array:
         """Maps images (B,H,W,3) to the last feature map (B,h,w,C)."""
-        shared = dict(folded=self.folded, norm=self.norm)
+        shared: dict[str, Any] = dict(folded=self.folded, norm=self.norm)
         if self.stem == "imagenet":
             x = ConvNorm(self.width, 7, 2, ((3, 3), (3, 3)), **shared, name="stem")(x, train)
             x = max_pool_3x3(jax.nn.relu(x))

@@ -6,6 +6,8 @@ branches; with them come the stem and the shortcuts of ResNet-D (He et al. 2019,
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,7 @@ class SelectiveKernel(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        shared = dict(folded=self.folded, norm=self.norm)
+        shared: dict[str, Any] = dict(folded=self.folded, norm=self.norm)
         features, squeezed = self.features, max(self.features // 16, 32)
         x = ConvNorm(2 * features, 3, self.strides, _SAME3, **shared, name="branches")(x, train)
         x = jax.nn.relu(x)  # the branches lie side by side in the channels
@@ -62,7 +64,7 @@ class SelectiveKernelBottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        shared = dict(folded=self.folded, norm=self.norm)
+        shared: dict[str, Any] = dict(folded=self.folded, norm=self.norm)
         y = jax.nn.relu(ConvNorm(self.features, 1, **shared, name="conv1")(x, train))
         y = SelectiveKernel(self.features, self.strides, **shared, name="select")(y, train)
         out = self.features * self.expansion
@@ -94,7 +96,7 @@ class SimCLRResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Maps images (B,H,W,3) to pooled features (B, 32 * width)."""
-        shared = dict(folded=self.folded, norm=self.norm)
+        shared: dict[str, Any] = dict(folded=self.folded, norm=self.norm)
         if self.selective:
             stem = ((self.width // 2, 3, 2), (self.width // 2, 3, 1), (self.width, 3, 1))
         else:

@@ -116,9 +116,9 @@ class ViT(nn.Module):
 
     def _positions(self, grid: tuple[int, int]) -> Array:
         """The position table (1 + h w, dim) float32 for this grid of patches."""
-        native = (self.image_size // self.patch_size,) * 2
+        native = (self.image_size // self.patch_size, self.image_size // self.patch_size)
         if self.fixed_positions:
-            init = lambda key, shape: jnp.asarray(sincos_positions(*native, self.dim))
+            init = lambda key, shape, dtype=None: jnp.asarray(sincos_positions(*native, self.dim))
         else:
             init = nn.initializers.normal(0.02)
         table = self.param("positions", init, (1 + native[0] * native[1], self.dim))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import numpy as np
@@ -95,7 +95,7 @@ class EncoderSpec:
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     input_size: tuple[int, int] = (224, 244)
-    preparation: str = "resize"
+    preparation: Literal["resize", "resize_crop"] = "resize"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     frozen: tuple[str, ...] = ()
