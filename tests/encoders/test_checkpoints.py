@@ -71,6 +71,12 @@ def test_does_not_overwrite(saved):
     other = jax.tree.map(lambda x: 2 * x, _variables())
     checkpoints.save_encoder(saved, other, METADATA, overwrite=True)
     _assert_equal(checkpoints.restore_encoder(saved)[0], other)
+    # A new one that cannot be written leaves the old one whole.
+    with pytest.raises(Exception, match="object"):
+        bad = {"params": np.array([object()])}
+        checkpoints.save_encoder(saved, bad, METADATA, overwrite=True)
+    _assert_equal(checkpoints.restore_encoder(saved)[0], other)
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 
 def test_overwrites_nothing_but_a_checkpoint(tmp_path):

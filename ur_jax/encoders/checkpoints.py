@@ -70,14 +70,21 @@ def save_encoder(
     variables = jax.tree.map(np.asarray, variables)
     added = {"format": _FORMAT, "weights_sha256": tree_hash(variables), "versions": _versions()}
     record = json.loads(json.dumps({**metadata, **added}))
-    if hosts.is_first() and path.exists():
-        path.rmtree()  # half a checkpoint in a bucket, or one that is to be replaced
+    # What is to be replaced stays until the new one is all there; in a bucket nothing is renamed.
+    beside = path.exists() and not is_in_bucket(path)
+    place = path.with_name(f".{path.name}.new") if beside else path
+    if hosts.is_first() and place.exists():
+        place.rmtree()  # half a checkpoint
     hosts.on_all_hosts(True)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, variables, custom_metadata=record)
+        checkpointer.save(place, variables, custom_metadata=record)
     hosts.on_all_hosts(True)
     if hosts.is_first():
-        write_manifest(path)
+        write_manifest(place)
+        if beside:
+            path.rmtree()
+            place.rename(path)
+    hosts.on_all_hosts(True)
 
 
 def write_manifest(path: str | os.PathLike) -> None:

@@ -43,7 +43,7 @@ def _best(make: Callable[..., Workload], size: work.Size, images: torch.Tensor) 
     last = torch.channels_last
     network = torch_networks.make_network(ENCODERS[size.encoder]).to(images.device)
     inner = network.get_submodule("network").to(dtype=getattr(torch, size.dtype))
-    inner.to(memory_format=last)
+    inner.to(memory_format=last)  # pyright: ignore[reportCallIssue]
     network.requires_grad_(False)
     images = images.contiguous(memory_format=last)
     try:
