@@ -29,7 +29,7 @@ def test_the_largest_logit_is_the_nearest_image_even_far_from_the_origin():
         np.testing.assert_array_equal(np.asarray(logits).argmax(1), distance.argmin(1))
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -1e-30, 1e30])
+@pytest.mark.parametrize("value", [0.0, 1.0, -1e-10, 1e10])
 def test_a_collapsed_encoder_is_no_classifier(value):
     """The encoder of a constant; by rounding, one of almost a constant."""
     rng = np.random.default_rng(0)
