@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 
+import fuzz_flags
 import jax
 import processes
 import pytest
@@ -15,7 +16,7 @@ import tiny_encoder
 
 from ur_jax import cli, endings
 from ur_jax.devices.hosts import OtherHostError
-from ur_jax.errors import UserError
+from ur_jax.errors import Stop, UserError
 from ur_jax.jobs import progress
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -88,7 +89,7 @@ def test_a_disk_that_is_full_or_read_only(at, small_disk, capsys):
     assert not list(out.rglob("*.tmp"))  # nothing of what failed takes its place
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     status, output = ends(processes.evaluate(at, small_disk / "other"), capsys)
-    assert status == 2 and "read-only file system" in output and "Traceback" not in output
+    assert status == 2 and "--out where you may write" in output and "Traceback" not in output
 
 
 def test_out_under_a_file(at, tmp_path, capsys):
@@ -104,7 +105,7 @@ def test_out_under_a_file(at, tmp_path, capsys):
     [
         (UserError("Expected 1, got 2."), 2, "error: Expected 1, got 2."),
         (KeyboardInterrupt(), 130, "interrupted. What is finished is kept in runs/x; repeat"),
-        (endings.Stop(), 143, "asked to stop. What is finished is kept in runs/x; repeat"),
+        (Stop(), 143, "asked to stop. What is finished is kept in runs/x; repeat"),
         (OSError(errno.EDQUOT, "", "runs/x/a"), 2, "runs/x/a: disk quota exceeded; make room"),
         (OSError(errno.ENOSPC, "of Arrow"), 2, "runs/x: no space left on device"),
         (PermissionError(errno.EACCES, "", "a"), 2, "a: permission denied; name a folder"),
@@ -145,7 +146,7 @@ def test_the_bar_ends_before_the_line(monkeypatch, capsys):
     with endings.Ending() as ending:
         bar = iter(progress.watched(range(3), "attack", 3))
         next(bar)
-        raise endings.Stop
+        raise Stop
     assert ending.status == 143
     output = capsys.readouterr().out
     # The cursor, hidden by the bar, is shown again, and then nothing is drawn over the line.
@@ -207,3 +208,11 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_sample_of_bad_flags_is_refused_in_one_line_each(tmp_path):
+    fuzz_flags.prepare(tmp_path)
+    with tiny_encoder.stands_for_demo(), fuzz_flags.nothing_computes():
+        ended = {case: fuzz_flags.outcome(case) for case in fuzz_flags.cases(tmp_path, 60)}
+    wrong = {" ".join((case.command, *case.words)): how for case, how in ended.items()}
+    assert {words: how for words, how in wrong.items() if how != "refused"} == {}

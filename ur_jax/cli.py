@@ -26,7 +26,7 @@ from etils import epath
 from fsspec import config as fsspec_config
 
 import ur_jax
-from ur_jax import data, endings, registry
+from ur_jax import data, endings, registry, runs
 from ur_jax.devices import hosts, launchers
 from ur_jax.devices.launchers import Launch
 from ur_jax.errors import UserError, unknown_name
@@ -58,6 +58,11 @@ _GLOBAL_FLAGS = {
     "--coordinator HOST:PORT": "several processes without a launcher: where process 0 is,",
     "--num-processes N --process-id I": "how many there are and which one this is, from 0",
 }
+
+
+_SAVES_FIRST = ("train",)
+"""Commands that leave SIGTERM to JAX where there are several hosts: it has all of them stop at the
+same step, whose state is saved."""
 
 
 class Command(NamedTuple):
@@ -128,7 +133,8 @@ def _run(name: str, words: Sequence[str], launch: Launch | None, ending: endings
     if name in _WITHOUT_DEVICES:
         jax.config.update("jax_platforms", "cpu")  # no accelerator, nor a pod's other hosts
     hosts.join(launch)  # before any other use of JAX
-    ending.obey_signals()
+    if name not in _SAVES_FIRST:
+        ending.obey_signals()
     list_buckets_anew()
     with contextlib.suppress(RuntimeError):  # JAX is in use already: a notebook, a test
         # One CPU device per core: XLA's convolution gradients otherwise keep to one core.
@@ -138,6 +144,8 @@ def _run(name: str, words: Sequence[str], launch: Launch | None, ending: endings
     console.quiet = not hosts.is_first()
     ending.flags = parse(command, words, prog=f"ur-jax {name}")
     data.check_workers(getattr(ending.flags, "num_workers", 0))
+    for place in ("out", "clean"):
+        check_place(f"--{place}", getattr(ending.flags, place, None))
     return int(command.main(ending.flags) or 0)
 
 
@@ -159,12 +167,13 @@ def find(name: str) -> Command:
 def job_command(job: type[Job]) -> Command:
     """The command of a job: its fields are the flags, beside where to and how."""
     job, out = job.command(), None if job.out_is_optional else tyro.MISSING
+    preset = [("preset", str, dataclasses.field(default=name)) for name in [*job.presets][:1]]
     flags = dataclasses.make_dataclass(
         f"{job.__name__}Flags",
         [
             ("job", Annotated[job, tyro.conf.arg(name="")], dataclasses.field(default_factory=job)),
             ("out", Path | None if job.out_is_optional else Path, dataclasses.field(default=out)),
-            ("preset", str, dataclasses.field(default=next(iter(job.presets), ""))),
+            *preset,
             ("clean", Path | None, dataclasses.field(default=None)),
             ("num_workers", int, dataclasses.field(default=0)),
         ],
@@ -174,7 +183,7 @@ def job_command(job: type[Job]) -> Command:
 
     Attributes:
       out: Folder of the results; a run that stopped there goes on.
-      preset: {", ".join(job.presets) or "there is none"}.
+      preset: {", ".join(job.presets)}.
       clean: Folder of clean representations that several runs share; --out keeps its own otherwise.
       num_workers: Processes that decode images; more than 0 pays on many cores.
     """
@@ -220,6 +229,17 @@ def take_global_flags(words: Sequence[str]) -> tuple[list[str], Launch | None]:
     for place in known.plugin:
         registry.load_plugins(place)
     return rest, launchers.explicit(known.coordinator, known.num_processes, known.process_id)
+
+
+def check_place(flag: str, folder: Path | None) -> None:
+    """Raises UserError for a folder that cannot be made, before anything is computed."""
+    if folder is None or runs.is_in_bucket(folder) or folder.is_dir():
+        return
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"Expected a folder as {flag}, got {folder}; {there} is a file.")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"Expected {flag} where you may write, got {folder}; {there} is not.")
 
 
 def keep_compilations() -> None:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ur_jax.devices import hosts
-from ur_jax.errors import UserError, remedy_of
+from ur_jax.errors import Stop, UserError, remedy_of
 from ur_jax.jobs import JOBS, progress
 
 DONE, IN_PART, BAD, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
@@ -46,10 +46,6 @@ STATUSES = (
 _SECONDS = 10.0
 """How long a computation may go on after a signal, and other hosts after this one's failure."""
 _RESUMED = ("benchmark", "reproduce-cifar", *JOBS)
-
-
-class Stop(KeyboardInterrupt):
-    """SIGTERM: whoever waits for this process wants it to end."""
 
 
 class End(NamedTuple):
@@ -168,8 +164,9 @@ class Ending:
         """Ends the process some seconds after a signal, if it has not ended, or at the second."""
         with reading:
             while (number := _signal_of(reading)) is not None:
-                if number not in (signal.SIGINT, signal.SIGTERM):
-                    continue
+                is_ours = signal.getsignal(signal.SIGTERM) == self._raise
+                if number not in (signal.SIGINT, signal.SIGTERM) or not is_ours:
+                    continue  # training saves its state first
                 give_up = time.monotonic() + _SECONDS
                 with contextlib.suppress(TimeoutError):
                     while True:
@@ -216,6 +213,8 @@ def end_of(error: BaseException, name: str = "", flags: Any = None) -> End | Non
         where = error.filename or place or "a file"
         reason = os.strerror(error.errno or 0).lower()
         return End(BAD, f"error: {where}: {reason}; {remedy}.{kept}")
+    if isinstance(error, FileNotFoundError) and place and error.filename == os.fspath(place):
+        return End(BAD, f"error: {place}: it cannot be made; name another place.")
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return End(BAD, f"error: {error}; {remedy_of(OSError(errno.EAGAIN, ''))}.{kept}")
     if is_out_of_memory(error):

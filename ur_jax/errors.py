@@ -85,6 +85,10 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
+class Stop(KeyboardInterrupt):
+    """SIGTERM: whoever started this process wants it to end; no `except Exception` takes it."""
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
     """Returns the error for a name that is not one of `valid`, suggesting near ones.
 

@@ -23,7 +23,7 @@ for name in "${PYTHON:-}" python3.13 python3.12 python3.11 python3; do
 done
 
 uv=""
-for name in "${UV:-}" ./uv uv "$HOME/.local/bin/uv"; do
+for name in "${UV:-}" ./uv uv .uv/bin/uv "$HOME/.local/bin/uv"; do
     [[ -n "$name" ]] && uv="$(command -v "$name" || true)"
     [[ -n "$uv" ]] && break
 done

@@ -10,13 +10,14 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from ur_jax import data, devices
 from ur_jax.certify import CenterConfig, RandomizedConfig
+from ur_jax.checks import check_whole
 from ur_jax.data import CORRUPTIONS, ImageSource, ViewConfig
 from ur_jax.encoders import factories, loading
 from ur_jax.encoders.base import Encoder
@@ -30,6 +31,7 @@ from ur_jax.jobs.probe import Probe
 from ur_jax.probes.linear import ProbeConfig
 from ur_jax.registry import Registry
 from ur_jax.runs.plan import Plan, Stage
+from ur_jax.typed import check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,11 @@ class ProbeSettings:
     """Train on random crops and flips."""
     training: ProbeConfig = ProbeConfig()
 
+    def __post_init__(self):
+        check_types(self)
+        check_whole(self, "num_images", "num_test_images", optional=True)
+        check_whole(self, "num_draws")
+
 
 @dataclasses.dataclass(frozen=True)
 class CertificateSettings:
@@ -59,6 +66,11 @@ class CertificateSettings:
     """The same of center smoothing; --certificates.num-images by default."""
     center: CenterConfig = CenterConfig(bound="hoeffding")
     randomized: RandomizedConfig = RandomizedConfig()
+
+    def __post_init__(self):
+        check_types(self)
+        check_whole(self, "num_images")
+        check_whole(self, "num_center_images", optional=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +102,8 @@ class Config:
     """A TPU topology such as v5e:16x16: compile every hot function for it and stop."""
     representation: str = "paper"
     """paper, backbone, projection or another output of the network; probes read `features`."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation."""
     num_workers: int = 0
     """Processes that decode images; more than 0 pays on many cores."""
     protocol: EvaluationConfig = EvaluationConfig()

@@ -9,13 +9,14 @@ no matplotlib), `python -m ur_jax.performance` measures the same; --results show
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
 from ur_jax import performance, runs
+from ur_jax.errors import NotFoundError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Config:
     """Folder of the results."""
     preset: str = "cpu"
     """cpu, gpu (one command of 8 minutes), scaling, or toy (does everything run?)."""
-    against: str = "nothing"
-    """nothing, or torch: the same work in PyTorch, by turns."""
+    against: Literal["nothing", "torch"] = "nothing"
+    """torch: the same work in PyTorch, by turns."""
     works: tuple[str, ...] = ()
     """u_pgd, forward, noisy, center, distances, training, certificates, adaptive."""
     encoders: tuple[str, ...] = ()
@@ -51,9 +52,10 @@ PRESETS = {name: Config(preset=name) for name in performance.PRESETS}
 def main(config: Config) -> None:
     if config.against == "torch":  # which needs some of the device's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if not config.budget > 0:
+        raise UserError(f"Expected a budget > 0 s, got {config.budget}.")
     if config.results is not None:
-        context = json.loads(config.results.read_text())
-        show(config, [performance.Result(**result) for result in context.pop("results")], context)
+        show(config, *read(config.results))
         return
 
     def write(results, context):
@@ -64,6 +66,21 @@ def main(config: Config) -> None:
     show(config, *performance.run(
         sweeps(config), against=config.against, budget=config.budget, on_results=write
     ))  # fmt: skip
+
+
+def read(path: Path) -> tuple[list[performance.Result], dict]:
+    """The results of a throughput.json and what they were measured on.
+
+    Raises:
+      UserError: for another file; it names the file.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"There is no file {path}; name the throughput.json of another run.")
+    context = runs.read_json(path)
+    try:
+        return [performance.Result(**result) for result in context.pop("results")], context
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"Expected a throughput.json, got {path} ({error!r}).") from error
 
 
 def sweeps(config: Config) -> list[performance.Sweep]:

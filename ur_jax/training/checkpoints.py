@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ur_jax.encoders import checkpoints
-from ur_jax.errors import UserError
+from ur_jax.errors import Stop, UserError
 from ur_jax.runs import is_in_bucket
 from ur_jax.types import PyTree
 
@@ -72,13 +72,13 @@ class TrainingCheckpoints:
 
         Raises:
           KeyboardInterrupt: after Ctrl-C; or what else the program's handler of a signal raises.
-          SystemExit: with status 143, where it has none.
+          Stop: where it has none.
         """
         self.wait()
         before = None if self._asked is None else self._before[self._asked]
         if callable(before):
             before(self._asked, None)
-        raise SystemExit(143)
+        raise Stop
 
     @property
     def latest_step(self) -> int | None:

@@ -118,7 +118,7 @@ def train(
       ValueError: if loss or gradient is not finite, naming the step and the last checkpoint; for a
         batch that devices or parts can't divide; for a checkpoint that is damaged or of other
         images.
-      KeyboardInterrupt, SystemExit: after the state was saved on request; status 143.
+      KeyboardInterrupt, Stop: after the state was saved on request.
     """
     mesh = devices.data_mesh() if mesh is None else mesh
     devices.check_divisible(images.batch_size, mesh)
