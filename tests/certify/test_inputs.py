@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,3 +162,20 @@ def test_images_of_one_index_have_the_same_noise_whatever_the_method():
     np.testing.assert_allclose(first.radius, medians.min(), rtol=1e-5)
     inside = np.linalg.norm(samples[600:] - center, axis=1) <= medians.min()
     assert abs(first.num_in_ball - inside.sum()) <= 1  # one may lie on the border
+
+
+NEVER_RIGHT = (math.nan, math.inf, -1, -0.5, "x", b"1", [], {}, 1j, 10**400, object())
+"""No setting of a certificate may be one of these."""
+
+
+@pytest.mark.parametrize("bound", ["exact", "hoeffding", "union", "betting"])
+@pytest.mark.parametrize("kind", [CenterConfig, RandomizedConfig])
+def test_every_setting_of_no_sense_is_one_line(kind, bound):
+    for field in dataclasses.fields(kind):
+        for value in (*NEVER_RIGHT, None, 2.5, 0, 1e-320, np.array([1.0, 2.0])):
+            try:
+                kind(**{"bound": bound, field.name: value})
+            except UserError as error:
+                assert "\n" not in str(error)
+            else:
+                assert not any(value is each for each in NEVER_RIGHT), (field.name, value)

@@ -80,16 +80,16 @@ def test_impossible_sample_sizes_are_refused_with_the_one_that_would_do():
         (bounds.clopper_pearson_lower, (11, 10, 0.1), "0 <= successes <= n"),
         (bounds.clopper_pearson_lower, (1.5, 10, 0.1), "successes of whole numbers.*got 1.5"),
         (bounds.clopper_pearson_lower, (np.array([1, math.nan]), 10, 0.1), "whole numbers"),
-        (bounds.clopper_pearson_upper, (0, 0, 0.1), "n of whole numbers >= 1, got 0"),
+        (bounds.clopper_pearson_upper, (0, 0, 0.1), "n of whole numbers >= 1.* got 0"),
         (bounds.clopper_pearson_upper, (1, "10", 0.1), "n of whole numbers"),
         (bounds.accepting_count, (10, 1.5, 0.1), r"p in \[0,1\]"),
         (bounds.accepting_count, (10, math.nan, 0.1), r"p in \[0,1\]"),
         (bounds.rejecting_count, (10.5, 0.5, 0.1), "n of whole numbers"),
-        (bounds.order_statistic_rank, (10, 1.0, 0.1), "p strictly between"),
-        (bounds.hoeffding_level, (0, 0.5, 0.1), "n of whole numbers >= 1"),
-        (bounds.hoeffding_level, (1000, -0.5, 0.1), "p strictly between"),
+        (bounds.order_statistic_rank, (10, 1.0, 0.1), "p > 0 and < 1"),
+        (bounds.hoeffding_level, (0, 0.5, 0.1), "n >= 1, got 0"),
+        (bounds.hoeffding_level, (1000, -0.5, 0.1), "p > 0 and < 1"),
         *(
-            (function, (*counts, alpha), "alpha strictly between 0 and 1")
+            (function, (*counts, alpha), "alpha (strictly between 0 and 1|> 0 and < 1)")
             for alpha in (0.0, 1.0, -1.0, math.nan, None, 1j)
             for function, counts in (
                 (bounds.clopper_pearson_lower, (1, 10)),
@@ -102,7 +102,9 @@ def test_impossible_sample_sizes_are_refused_with_the_one_that_would_do():
         (bounds.Betting, (0.1, 0), "n_max >= 1"),
         (bounds.UnionBound, (0.1, 10, 2.5), "step >= 1"),
         (bounds.UnionBound, (0.1, 10, 2, 1.0), "ratio > 1"),
+        (bounds.accepting_count, (1e308, 0.5, 0.1), "below 2.31"),
         (looking_times, (0, 128), "n_max >= 1"),
+        (looking_times, (10**30, 128), "below 2.31"),
         (looking_times, (100, 0), "step >= 1"),
     ],
 )

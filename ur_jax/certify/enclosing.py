@@ -45,12 +45,19 @@ def smallest_n0(delta: float, alpha: float) -> int:
     Beyond ten million, Hoeffding's n0, which is a little larger.
     """
     # Hoeffding's n is enough, so that the scan ends there.
-    enough = math.ceil(math.log(1 / alpha) / (2 * delta**2)) if delta > 1e-150 else 2**62
+    enough = hoeffding_n0(delta, alpha)
     if enough > 10**7:
         return enough
     n = np.arange(1, 2 + enough)
     fails = stats.binom.cdf((n + 1) // 2 - 1, n, 0.5 + delta) > alpha
     return int(n[fails].max(initial=0)) + 1
+
+
+def hoeffding_n0(delta: float, alpha: float) -> int:
+    """The n0 from which on Hoeffding's inequality says the same: log(1 / alpha) / (2 delta^2)."""
+    if delta < 1e-9 or alpha < 1e-300:
+        return 2**62
+    return math.ceil(math.log(1 / alpha) / (2 * delta**2))
 
 
 def half(n: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import numbers
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ur_jax.checks import (
     check_whole,
 )
 from ur_jax.encoders.base import Encoder, check_images
-from ur_jax.errors import UserError
+from ur_jax.errors import UserError, unknown_name
 from ur_jax.types import Array
 
 
@@ -117,7 +117,16 @@ def check_image(image: Any, encoder: Encoder | None = None) -> None:
 def check_samples(number: int) -> None:
     """Raises UserError for more samples of an image than have a number on the device, an int32."""
     if number >= 2**31:
-        raise UserError(f"Expected less than 2^31 samples of an image, got {number}; lower n.")
+        number = number if number < 2**63 else "many more"
+        raise UserError(
+            f"Expected less than 2^31 samples of an image, got {number}; lower n0, n or step."
+        )
+
+
+def check_name(kind: str, value: Any, valid: Sequence[str]) -> None:
+    """Raises UserError unless it is one of some names."""
+    if not isinstance(value, str) or value not in valid:
+        raise unknown_name(kind, " ".join(str(value).split())[:80], valid)
 
 
 def check_each(name: str, values: Any, *, zero: bool) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,14 +33,14 @@ def check_probability(name: str, value: Probabilities, *, inside: bool = True) -
     _check_all(name, ends, value, lambda values: above(values, 0) & below(values, 1))
 
 
-def check_counts(n: Counts, successes: Counts | None = None) -> None:
+def check_counts(n: Counts, successes: Counts = 0) -> None:
     """Raises UserError unless there are whole numbers of trials >= 1, and of successes up to n."""
     is_whole = lambda values: np.isfinite(values) & (values == np.floor(values))
-    _check_all("n", "of whole numbers >= 1", n, lambda n: is_whole(n) & (n >= 1))
-    if successes is not None:
-        wanted = "of whole numbers, 0 <= successes <= n"
-        fits = lambda k: is_whole(k) & (k >= 0) & (k <= np.asarray(n))
-        _check_all("successes", wanted, successes, fits)
+    in_range = lambda n: is_whole(n) & (n >= 1) & (n < 2**31)
+    _check_all("n", "of whole numbers >= 1, below 2^31", n, in_range)
+    wanted = "of whole numbers, 0 <= successes <= n"
+    fits = lambda k: is_whole(k) & (k >= 0) & (k <= np.asarray(n))
+    _check_all("successes", wanted, successes, fits)
 
 
 def _check_all(
@@ -47,7 +48,7 @@ def _check_all(
 ) -> None:
     """Raises UserError, naming the first one, unless real numbers are all right."""
     values = np.asarray(value)
-    if np.issubdtype(values.dtype, np.number) and not np.iscomplexobj(values):
+    if values.size and np.issubdtype(values.dtype, np.number) and not np.iscomplexobj(values):
         right = is_right(values)
         if right.all():
             return
@@ -145,7 +146,7 @@ def order_statistic_rank(n: int, p: float, alpha: float) -> int:
 
     Reference: the binomial (distribution-free) confidence interval of a quantile.
     """
-    check_probability("p", p)
+    _check_question(n, p, alpha)
     k = int(accepting_count(n, p, alpha))
     if k > n:
         # The largest sample will do once p^n <= alpha.
@@ -175,17 +176,29 @@ def hoeffding_level(n: int, p: float, alpha: float) -> float:
 
     Reference: Kumar and Goldstein (2021), Algorithm 2; Hoeffding's inequality.
     """
-    check_counts(n)
-    check_probability("p", p)
-    check_probability("alpha", alpha)
-    level = p + math.sqrt(math.log(1.0 / alpha) / (2.0 * n))
+    _check_question(n, p, alpha)
+    level = _hoeffding(n, p, alpha)
     if level > 1.0:
-        needed = math.ceil(math.log(1.0 / alpha) / (2.0 * (1.0 - p) ** 2))
+        needed = math.ceil(-math.log(alpha) / (2.0 * (1.0 - p) ** 2))
         raise UserError(
             f"Expected n >= {needed} for a quantile level of at most 1, got {n}, which needs the "
             f"level {level:.6g}. Use n = {needed} or more, or the bound 'exact'."
         )
     return level
+
+
+def _hoeffding(n: int, p: float, alpha: float) -> float:
+    """p + sqrt(log(1 / alpha) / (2 n)); of the smallest floats, 1 / alpha is none."""
+    log = math.log(1.0 / alpha) if alpha > 1e-300 else -math.log(alpha)
+    return p + math.sqrt(log / (2.0 * n))
+
+
+def _check_question(n: int, p: float, alpha: float) -> None:
+    """Raises UserError unless it is one number of samples, one level and one alpha."""
+    question = SimpleNamespace(n=n, p=p, alpha=alpha)
+    check_whole(question, "n")
+    check_counts(n)
+    check_number(question, "p", "alpha", above=0.0, below=1.0)
 
 
 def interpolated_rank(n: int, level: float) -> float:
@@ -197,7 +210,7 @@ def interpolated_rank(n: int, level: float) -> float:
 
 
 def check_interpolated(n: int, p: float, alpha: float) -> None:
-    """Raises UserError unless the quantile at `hoeffding_level` bounds the p-quantile from above.
+    """Checks that the quantile read at `hoeffding_level` bounds the p-quantile from above.
 
     Hoeffding's inequality says it of the order statistic of rank ceil(n level) and up; what is read
     is an interpolation between two of which the lower one has a rank of at least n level - 1. So
@@ -208,12 +221,17 @@ def check_interpolated(n: int, p: float, alpha: float) -> None:
       n: number of independent samples.
       p: level of the quantile, in (0,1).
       alpha: failure probability, in (0,1).
+
+    Raises:
+      UserError: where it is no bound, or the level exceeds 1; names the n that would do.
     """
+    hoeffding_level(n, p, alpha)  # which n is too few for a level at all
     if _is_interpolated_bound(n, p, alpha):
         return
-    needed = n + 1
-    while not all(_is_interpolated_bound(m, p, alpha) for m in range(needed, needed + 50)):
-        needed += 1
+    following = range(n + 1, n + 1000)
+    holds = [_is_interpolated_bound(m, p, alpha) for m in following]
+    failing = [m for m, right in zip(following, holds) if not right]
+    needed = max(failing, default=n) + 1  # from which on it holds, as far as was looked
     raise UserError(
         f"Expected n >= {needed} for the published code's interpolated quantile to bound the "
         f"{p:.6g}-quantile at alpha {alpha:g}, got {n}: it lies below too often. Use n = {needed} "
@@ -223,7 +241,7 @@ def check_interpolated(n: int, p: float, alpha: float) -> None:
 
 def _is_interpolated_bound(n: int, p: float, alpha: float) -> bool:
     """Whether the lower one of the two order statistics is an exact bound."""
-    level = p + math.sqrt(math.log(1.0 / alpha) / (2.0 * n))
+    level = _hoeffding(n, p, alpha)
     rank = math.floor(interpolated_rank(n, min(level, 1.0)))
     return level <= 1.0 and rank >= int(accepting_count(n, p, alpha))
 
@@ -258,6 +276,7 @@ class Betting:
     def __post_init__(self):
         check_number(self, "alpha", above=0.0, below=1.0)
         check_whole(self, "n_max")
+        check_counts(self.n_max)
 
     def lower(self, successes: Counts, n: Counts) -> np.ndarray:
         """Returns the lower end after n samples, float64, rounded down by bisection."""
@@ -330,6 +349,7 @@ class UnionBound:
     def __post_init__(self):
         check_number(self, "alpha", above=0.0, below=1.0)
         check_whole(self, "n_max", "step")
+        check_counts(np.array([self.n_max, self.step]))
         check_number(self, "ratio", above=1.0)
 
     @cached_property
@@ -363,6 +383,8 @@ ConfidenceSequence = Betting | UnionBound
 
 def confidence_sequence(bound: str, *, alpha: float, n_max: int, step: int) -> ConfidenceSequence:
     """Returns the confidence sequence "betting" or "union" for at most `n_max` samples."""
+    if not isinstance(bound, str):
+        raise unknown_name("confidence sequence", repr(bound), ("betting", "union"))
     if bound == "betting":
         return Betting(alpha, n_max)
     if bound == "union":

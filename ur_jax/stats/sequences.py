@@ -13,7 +13,13 @@ import numpy as np
 from scipy import stats
 
 from ur_jax.checks import check_number, check_whole
-from ur_jax.stats.bounds import ConfidenceSequence, check_probability, rejecting, upper
+from ur_jax.stats.bounds import (
+    ConfidenceSequence,
+    check_counts,
+    check_probability,
+    rejecting,
+    upper,
+)
 
 _GRID = 48
 
@@ -38,6 +44,7 @@ def looking_times(n_max: int, step: int) -> np.ndarray:
       step: all others are multiples of it.
     """
     check_whole(SimpleNamespace(n_max=n_max, step=step), "n_max", "step")
+    check_counts(n_max)
     return np.append(np.arange(step, n_max, step), n_max)
 
 

@@ -9,7 +9,14 @@ import numpy as np
 
 from ur_jax.certify.center.config import CenterConfig
 from ur_jax.certify.enclosing import Center
-from ur_jax.stats.bounds import ConfidenceSequence, accepting_count, confidence_sequence
+from ur_jax.checks import check_type
+from ur_jax.errors import UserError
+from ur_jax.stats.bounds import (
+    ConfidenceSequence,
+    accepting_count,
+    check_counts,
+    confidence_sequence,
+)
 
 
 class CenterCertificate(NamedTuple):
@@ -110,7 +117,29 @@ def eps_out_from_counts(
 
     Returns:
       eps_out; infinite if no stored distance is a bound.
+
+    Raises:
+      UserError: for counts that are none of n samples, distances that do not ascend, and
+        "hoeffding".
     """
+    check_type("config", config, CenterConfig)
+    distances = np.asarray(distances)
+    if config.bound == "hoeffding":
+        raise UserError(
+            "Expected another bound than hoeffding, which is interpolated; use 'exact'."
+        )
+    check_counts(n, counts)
+    if distances.ndim != 1 or distances.shape != np.shape(counts):
+        raise UserError(
+            f"Expected a count for each distance [K], got {np.shape(counts)}, {distances.shape}."
+        )
+    if not np.issubdtype(distances.dtype, np.floating) or not np.all(np.diff(distances) >= 0):
+        raise UserError("Expected ascending distances of floating point, without NaN.")
+    return bound_of(distances, counts, n, config)
+
+
+def bound_of(distances: np.ndarray, counts: np.ndarray, n: int, config: CenterConfig) -> float:
+    """`eps_out_from_counts` of what was just sampled: NaN, of an image that abstains, included."""
     if config.adaptive:
         needed = int(sequence(config, config.alpha2).accepting(n, config.level))
     else:

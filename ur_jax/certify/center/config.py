@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from scipy import stats
 
-from ur_jax.certify.enclosing import smallest_n0
-from ur_jax.certify.inputs import check_each, check_samples
+from ur_jax.certify.enclosing import hoeffding_n0, smallest_n0
+from ur_jax.certify.inputs import check_each, check_name, check_samples
 from ur_jax.checks import check_flag, check_number, check_whole
-from ur_jax.errors import UserError, unknown_name
+from ur_jax.errors import UserError
 from ur_jax.stats.bounds import (
     check_interpolated,
     check_level,
@@ -69,10 +68,9 @@ class CenterConfig:
         check_number(self, "delta", above=0.0, below=0.5)
         check_whole(self, "n0", "n", "step")
         check_flag(self, "clip")
-        check_samples(2 * self.n0 + self.n)
-        if self.bound not in BOUNDS:
-            raise unknown_name("bound", str(self.bound), BOUNDS)
-        if self.divergence not in METRICS:
+        check_samples(2 * self.n0 + self.n + self.step)
+        check_name("bound", self.bound, BOUNDS)
+        if not isinstance(self.divergence, str) or self.divergence not in METRICS:
             raise UserError(
                 f"Expected a divergence that is a metric ({', '.join(METRICS)}), got "
                 f"{self.divergence!r}: the certificate needs the triangle inequality. For cosine, "
@@ -105,7 +103,7 @@ class CenterConfig:
     def _check_n0(self):
         """Raises UserError if n0 samples cannot find a center at delta and alpha1."""
         if self.bound == "hoeffding":
-            needed = math.ceil(math.log(2 / self.alpha1) / (2 * self.delta**2))
+            needed = hoeffding_n0(self.delta, self.alpha1 / 2)
         else:
             needed = smallest_n0(self.delta, self.alpha1 / 2)
         if self.n0 < needed:

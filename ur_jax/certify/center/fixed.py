@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ur_jax.certify.center.certificate import (
     CenterCertificate,
     FreshSamples,
-    eps_out_from_counts,
+    bound_of,
     make_certificate,
 )
 from ur_jax.certify.center.config import CenterConfig
@@ -125,7 +125,7 @@ def _bound(
         quantile = np.interp(rank, ranks, statistics.astype(np.float64))
         least = (0.5 - config.delta + _hoeffding_margin(config)) * config.n0
         return config.factor * float(quantile), num_in_ball >= least
-    eps_out = eps_out_from_counts(statistics, ranks, config.n, config=config)
+    eps_out = bound_of(statistics, ranks, config.n, config)
     lower = clopper_pearson_lower(num_in_ball, config.n0, config.alpha1 / 2)
     return eps_out, bool(lower >= 0.5 - config.delta)
 

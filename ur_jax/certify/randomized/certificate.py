@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,14 @@ from scipy import stats
 
 from ur_jax.certify.randomized.config import RandomizedConfig
 from ur_jax.certify.sequential import Outcome, num_selection_pieces
-from ur_jax.stats.bounds import ConfidenceSequence, clopper_pearson_lower, confidence_sequence
+from ur_jax.checks import check_number, check_type, check_whole
+from ur_jax.errors import UserError
+from ur_jax.stats.bounds import (
+    ConfidenceSequence,
+    check_counts,
+    clopper_pearson_lower,
+    confidence_sequence,
+)
 
 
 class RadiusCertificate(NamedTuple):
@@ -81,14 +89,27 @@ def lower_bound(count: int, n: int, config: RandomizedConfig) -> float:
 
     With another `config.alpha` than at sampling, this derives the certificate anew: a fixed bound
     and a confidence sequence hold for each alpha that is chosen without looking at the counts.
+
+    Raises:
+      UserError: for a count that is none of n samples.
     """
+    check_type("config", config, RandomizedConfig)
+    check_whole(SimpleNamespace(count=count, n=n), "count", "n", least=0)
+    check_counts(n, count)
     if config.bound == "exact":
         return float(clopper_pearson_lower(count, n, config.alpha))
     return float(sequence(config).lower(count, n))
 
 
 def certified_radius(lower: float, sigma: float) -> float:
-    """Returns sigma Phi^-1(lower), the l2 radius; 0 unless lower > 1/2 (Cohen et al., eq. 3)."""
+    """Returns sigma Phi^-1(lower), the l2 radius; 0 unless lower > 1/2 (Cohen et al., eq. 3).
+
+    Raises:
+      UserError: for a lower bound that is no probability, or a sigma <= 0.
+    """
+    arguments = SimpleNamespace(lower=lower, sigma=sigma)
+    check_number(arguments, "lower", least=0.0, most=1.0)
+    check_number(arguments, "sigma", above=0.0)
     return float(sigma * stats.norm.ppf(lower)) if lower > 0.5 else 0.0
 
 
@@ -107,8 +128,13 @@ def certified_accuracy(radius: np.ndarray, correct: np.ndarray, radii: np.ndarra
 
     Returns:
       [J] float64. At radius 0 an image has to be correct and not abstained.
+
+    Raises:
+      UserError: for radii that are none, or another number of images in `correct`.
     """
-    radius, correct = np.asarray(radius), np.asarray(correct, bool)
+    radius, correct = _checked(radius, correct)
+    if not np.issubdtype(np.asarray(radii).dtype, np.number) or np.ndim(radii) > 1:
+        raise UserError(f"Expected numbers as radii [J], got {radii!r}.")
     return (correct[:, None] & (radius[:, None] >= np.asarray(radii))).mean(axis=0)
 
 
@@ -123,8 +149,28 @@ def average_certified_radius(
       only_correct: False is MACER's definition, where an incorrect image counts 0; True is what the
         published code computes, the mean over correct images only (0 if there is none).
 
+    Raises:
+      UserError: as `certified_accuracy`.
+
     Reference: Zhai et al., MACER (2020), equation for ACR.
     """
-    correct = np.asarray(correct, bool)
+    radius, correct = _checked(radius, correct)
     total = float(np.where(correct, radius, 0.0).sum())
     return total / max(int(correct.sum()) if only_correct else correct.size, 1)
+
+
+def _checked(radius: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Radii [N] >= 0 and whether each image counts [N]."""
+    radius, correct = np.asarray(radius), np.asarray(correct)
+    if radius.ndim != 1 or radius.shape != correct.shape or not radius.size:
+        raise UserError(
+            f"Expected radius and correct of the same images [N], got {radius.shape} and "
+            f"{correct.shape}."
+        )
+    if correct.dtype != bool or not np.issubdtype(radius.dtype, np.floating):
+        raise UserError(
+            f"Expected radius float and correct bool, got {radius.dtype} and {correct.dtype}."
+        )
+    if not np.all(radius >= 0):  # which NaN is not either
+        raise UserError("Expected certified radii >= 0, got a negative one or NaN.")
+    return radius, correct

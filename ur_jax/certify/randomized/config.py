@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from ur_jax.certify.inputs import check_each, check_samples
+from ur_jax.certify.inputs import check_each, check_name, check_samples
 from ur_jax.checks import check_flag, check_number, check_whole
-from ur_jax.errors import UserError, unknown_name
+from ur_jax.errors import UserError
 from ur_jax.stats.bounds import accepting_count, check_level
 
 BOUNDS = ("exact", "union", "betting")
@@ -50,9 +50,8 @@ class RandomizedConfig:
         check_number(self, "alpha", above=0.0, below=1.0)
         check_whole(self, "n0", "n", "step")
         check_flag(self, "clip")
-        check_samples(self.n0 + self.n)
-        if self.bound not in BOUNDS:
-            raise unknown_name("bound", str(self.bound), BOUNDS)
+        check_samples(self.n0 + self.n + self.step)
+        check_name("bound", self.bound, BOUNDS)
         check_each("radii", self.radii, zero=True)
         if self.tolerance is not None:
             check_number(self, "tolerance", above=0.0)

@@ -69,9 +69,7 @@ def randomized_smoothing(
 
     Reference: Cohen, Rosenfeld and Kolter (2019), Certify in Algorithm 2; Voracek (2024).
     """
-    outcomes = _run(
-        classifier, images, key, config, True, indices, mesh, batch_size, on_progress
-    )
+    outcomes = _run(classifier, images, key, config, True, indices, mesh, batch_size, on_progress)
     return ((outcome.index, make_certificate(outcome, config)) for outcome in outcomes)
 
 
