@@ -11,6 +11,7 @@ import pytest
 
 from ur_jax import attacks
 from ur_jax.encoders import from_fn
+from ur_jax.errors import UserError
 
 SIZE = (8, 6)
 RNG = np.random.default_rng(0)
@@ -155,3 +156,73 @@ def test_zero_gradients_are_counted():
     plain = from_fn(lambda w, x: x.reshape(len(x), -1)[:, :48] @ w, WEIGHT, input_size=SIZE)
     health = attacks.u_pgd(plain, images, KEY, config=config).health
     assert not any(np.any(x) for x in health)
+
+
+GOOD = jnp.full((2, *SIZE, 3), 0.5)
+CONFIG = attacks.AttackConfig(eps=0.1, step_size=0.02, num_steps=2)
+BAD_IMAGES = {
+    "pixels 0..255": (GOOD * 255, "divide by 255"),
+    "pixels -1..1": (GOOD * 2 - 1.5, r"in \[0,1\]"),
+    "NaN": (GOOD.at[0, 0, 0, 0].set(jnp.nan), "NaN"),
+    "uint8": (np.zeros(GOOD.shape, np.uint8), "uint8.* / 255"),
+    "bfloat16": (GOOD.astype(jnp.bfloat16), "bfloat16"),
+    "one image": (GOOD[0], r"\(B,"),
+    "no image": (GOOD[:0], "at least one"),
+    "a list": ([0.5], "array"),
+}
+
+
+def _summed_loss(params, images):
+    return jnp.sum(images, (1, 2, 3))
+
+
+CALLS = {
+    "u_pgd": lambda images, key, config: attacks.u_pgd(NORMALISED, images, key, config=config),
+    "loss_pgd": lambda images, key, config: attacks.loss_pgd(
+        _summed_loss, None, images, key, config=config
+    ),
+    "random_start": lambda images, key, config: attacks.random_start(images, key, config=config),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_one_gate_for_images_keys_and_configs(call):
+    for images, message in BAD_IMAGES.values():
+        with pytest.raises(UserError, match=message):
+            call(images, KEY, CONFIG)
+    for key in (jax.random.PRNGKey(0), 0, jax.random.split(KEY, 3), None):
+        with pytest.raises(UserError, match="typed key|one for each of 2 images"):
+            call(GOOD, key, CONFIG)
+    for config in (None, {"eps": 0.1}, attacks.AttackConfig):
+        with pytest.raises(UserError, match="AttackConfig"):
+            call(GOOD, KEY, config)
+    huge = attacks.AttackConfig(eps=13.0, step_size=1.0, norm="l2")
+    with pytest.raises(UserError, match="largest distance between two"):
+        call(GOOD, KEY, huge)
+
+
+@pytest.mark.parametrize("images, message", BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_projecting_and_stepping_once_have_the_same_gate(images, message):
+    with pytest.raises(UserError, match=message):
+        attacks.project(GOOD, images, eps=0.1, norm="linf")
+    with pytest.raises(UserError, match=message):
+        attacks.u_fgsm(NORMALISED, images, KEY, eps=0.1)
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda p, x: x.mean(), lambda p, x: x[:, 0, 0], lambda p, x: None], ids="mxn"
+)
+def test_a_loss_that_is_not_one_for_each_image(loss):
+    with pytest.raises(UserError, match=r"losses \(2,\) float32, one for each image"):
+        attacks.loss_pgd(loss, None, GOOD, KEY, config=CONFIG)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"eps": 8}, {"eps": "8/255"}, {"step_size": 2.0}, {"num_steps": 2.5}, {"num_steps": True},
+     {"num_restarts": 0}, {"random_start": "no"}, {"rule": "apgd"}, {"norm": None}],
+    ids=str,
+)  # fmt: skip
+def test_settings_without_sense(change):
+    with pytest.raises(UserError, match=next(iter(change)) if "rule" not in change else "rule"):
+        attacks.AttackConfig(**change)

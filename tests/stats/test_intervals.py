@@ -91,6 +91,20 @@ def test_mean_coverage():
     assert misses <= stats.binom.ppf(1 - 1e-3, 200, 0.08)
 
 
+def test_the_mean_of_few_large_values_is_covered_as_rarely_as_stated():
+    """97 % of the values are near 0: n = 16 hold no other in 0.61 of the samples."""
+    rng = np.random.default_rng(4)
+    values = rng.uniform(0.0, 1e-4, (100, 16))
+    large = rng.random(values.shape) < 0.03
+    values[large] = rng.uniform(0.2, 1.0, large.sum())
+    truth = 0.03 * 0.6 + 0.97 * 0.5e-4
+    covered = [low <= truth <= high for _, low, high, _ in map(mean_interval, values)]
+    assert not np.any(np.array(covered) & ~large.any(axis=1))
+    assert np.mean(covered) < stats.binom.ppf(1 - 1e-4, 100, 1 - 0.97**16) / 100
+    assert "0.86, 0.39 and 0.14" in " ".join(mean_interval.__doc__.split())
+    np.testing.assert_allclose(1 - 0.97 ** np.array([64, 16, 5]), [0.86, 0.39, 0.14], atol=0.005)
+
+
 def test_mean_interval_is_near_the_normal_one_and_repeats():
     values = np.random.default_rng(3).uniform(size=1000)
     value, low, high, n = mean_interval(values)

@@ -10,6 +10,7 @@ from ur_jax.attacks.ball import UNIT, check_norm
 from ur_jax.attacks.rules import RULES
 from ur_jax.checks import check_flag, check_number, check_whole
 from ur_jax.errors import UserError
+from ur_jax.types import Images
 from ur_jax.typed import check_types
 
 
@@ -58,6 +59,16 @@ class AttackConfig:
 def fgsm_config(eps: float, norm: str = "linf") -> AttackConfig:
     """Returns the config of FGSM: one step of size `eps`."""
     return AttackConfig(eps=eps, step_size=eps, num_steps=1, norm=norm)
+
+
+def check_radius(config: AttackConfig, images: Images) -> None:
+    """Refuses a ball that holds every picture."""
+    diagonal = math.sqrt(math.prod(images.shape[1:]))
+    if config.eps > diagonal:
+        raise UserError(
+            f"Expected eps <= {diagonal:.4g} in {config.norm}, the largest distance between two "
+            f"images of {images.shape[1]} x {images.shape[2]} pixels in [0,1], got {config.eps:g}."
+        )
 
 
 class Size(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ur_jax.attacks.ascent import Health, ascend
 from ur_jax.attacks.ball import image_keys
-from ur_jax.attacks.config import AttackConfig, split
+from ur_jax.attacks.config import AttackConfig, check_radius, split
 from ur_jax.checks import check_pixels, check_type
 from ur_jax.errors import UserError
 from ur_jax.types import Array, Images, Keys, PyTree
@@ -58,6 +58,7 @@ def loss_pgd(
     """
     check_type("config", config, AttackConfig)
     check_pixels(images)
+    check_radius(config, images)
     if not callable(loss_fn):
         raise UserError(
             f"Expected loss_fn to be a function of (params, images), got {type(loss_fn).__name__}."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from ur_jax.attacks.ascent import Health, ascend, start_of
 from ur_jax.attacks.ball import Ball, image_keys
-from ur_jax.attacks.config import AttackConfig, fgsm_config, split
+from ur_jax.attacks.config import AttackConfig, check_radius, fgsm_config, split
 from ur_jax.checks import check_finite_array, check_pixels, check_type
 from ur_jax.distances import all_distances
 from ur_jax.encoders.base import Encoder, check_images
@@ -95,7 +94,7 @@ def u_pgd(
     check_type("encoder", encoder, Encoder)
     check_type("config", config, AttackConfig)
     check_images(encoder, images)
-    _check_radius(config, images)
+    check_radius(config, images)
     if start is not None:
         check_finite_array("start", start, images.shape)
         if config.num_restarts > 1:
@@ -141,19 +140,9 @@ def random_start(images: Images, key: Keys, *, config: AttackConfig) -> OnDevice
     """
     check_type("config", config, AttackConfig)
     check_pixels(images)
-    _check_radius(config, images)
+    check_radius(config, images)
     ball = Ball(images, config.eps, config.norm)
     return start_of(ball, image_keys(key, len(images)), config)
-
-
-def _check_radius(config: AttackConfig, images: Images) -> None:
-    """Refuses a ball that holds every picture."""
-    diagonal = math.sqrt(math.prod(images.shape[1:]))
-    if config.eps > diagonal:
-        raise UserError(
-            f"Expected eps <= {diagonal:.4g} in {config.norm}, the largest distance between two "
-            f"images of {images.shape[1]} x {images.shape[2]} pixels in [0,1], got {config.eps:g}."
-        )
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -94,9 +94,12 @@ def mean_interval(
     """Mean of one number per image, with the BCa bootstrap interval over the images.
 
     For fractions such as breakaway risk, where an image's own value sums up a million dependent
-    comparisons: only the images are drawn again. The coverage is approximate, and low when a few
-    images in n carry most of the mean. If all values are equal there is nothing to draw; then,
-    but for a probability of (1 - confidence) / 2, at most a share
+    comparisons: only the images are drawn again. The coverage is approximate, and far below
+    `confidence` where few images carry the mean: if a share p of all images does, n of them hold
+    none with probability (1 - p)^n, and the interval then lies below the mean. At p = 0.03 it
+    covers in at most 0.86, 0.39 and 0.14 of all samples of n = 64, 16 and 5. If all values are
+    equal there is nothing to draw; then, but for a probability of (1 - confidence) / 2, at most a
+    share
     s = 1 - ((1 - confidence) / 2)^(1 / (n - 1)) of images differs, by as much as `bounds` allow,
     and the interval is (value - s (value - lower), value + s (upper - value)).
 
