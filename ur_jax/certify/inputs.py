@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import numbers
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from types import SimpleNamespace
@@ -117,9 +118,9 @@ def check_image(image: Any, encoder: Encoder | None = None) -> None:
 def check_samples(number: int) -> None:
     """Raises UserError for more samples of an image than have a number on the device, an int32."""
     if number >= 2**31:
-        number = number if number < 2**63 else "many more"
+        got = str(number) if number < 2**63 else "many more"
         raise UserError(
-            f"Expected less than 2^31 samples of an image, got {number}; lower n0, n or step."
+            f"Expected less than 2^31 samples of an image, got {got}; lower n0, n or step."
         )
 
 
@@ -134,9 +135,9 @@ def check_each(name: str, values: Any, *, zero: bool) -> None:
     if not isinstance(values, tuple):
         raise UserError(f"Expected {name} as a tuple of numbers, got {values!r}.")
     for value in values:
-        least = {"least": 0.0} if zero else {"above": 0.0}
+        least, above = (0.0, -math.inf) if zero else (-math.inf, 0.0)
         try:
-            check_number(SimpleNamespace(value=value), "value", **least)
+            check_number(SimpleNamespace(value=value), "value", least=least, above=above)
         except UserError:
             wanted = ">= 0" if zero else "> 0"
             raise UserError(f"Expected finite {name} {wanted}, got {value!r}.") from None
