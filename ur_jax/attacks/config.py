@@ -10,8 +10,8 @@ from ur_jax.attacks.ball import UNIT, check_norm
 from ur_jax.attacks.rules import RULES
 from ur_jax.checks import check_flag, check_number, check_whole
 from ur_jax.errors import UserError
-from ur_jax.types import Images
 from ur_jax.typed import check_types
+from ur_jax.types import Images
 
 
 @dataclasses.dataclass(frozen=True)
