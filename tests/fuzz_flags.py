@@ -30,9 +30,11 @@ NEVER_BAD = {
     ("step", "1" + "0" * 30),  # all samples at once
     ("first", None),  # of a benchmark without a probe
     ("second", None),
+    ("train.representation", None),  # of fare only; the other methods have none
 }
-"""(last part of a flag, value) of values that are meant; None for all."""
+"""(last part of a flag or COMMAND.FLAG, value) of values that are meant; None for all."""
 
+OPTIONAL = (("knn", "--out"), ("throughput", "--out"), ("impersonate", "--probe"))
 _UNKNOWN = (
     ("--no-such-flag",),
     ("--no-such-flag", "1"),
@@ -171,16 +173,17 @@ def cases(folder: pathlib.Path, count: int, seed: int = 0) -> list[Case]:
         for flag, hint in leaves(command):
             word = f"--{flag.replace('_', '-')}"
             for kind, value in bad_values(flag, hint):
-                if not NEVER_BAD & {(flag.rpartition(".")[2], word) for word in (None, *value)}:
+                names = (flag.rpartition(".")[2], f"{command}.{flag}")
+                if not NEVER_BAD & {(name, word) for name in names for word in (None, *value)}:
                     made.append(Case(command, kind, word, (*_without(words, word), word, *value)))
         for extra in _UNKNOWN:
             made.append(Case(command, "unknown", extra[0], (*words, *extra)))
         for number in range(0, len(words) - 1, 2):  # what has to be given is left out
-            if words[number] in ("--encoder", "--out", "--probe", "--workdir") or (
+            if words[number] in ("--encoder", "--out", "--probe") or (
                 "images" in words[number] and "num" not in words[number] and command != "benchmark"
             ):
                 rest = (*words[:number], *words[number + 2 :])
-                if (command, words[number]) not in (("knn", "--out"), ("impersonate", "--probe")):
+                if (command, words[number]) not in OPTIONAL:
                     made.append(Case(command, "left out", words[number], rest))
     chosen = random.Random(seed)
     chosen.shuffle(made)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shlex
 import sys
 
+import fuzz_flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from flax import traverse_util
 from published_files import TINY, save_torch, tensors
 
 import ur_jax
-from ur_jax import devices
+from ur_jax import cli, devices
 from ur_jax.attacks import AttackConfig, u_pgd
 from ur_jax.encoders import checkpoints, loading, mapping, torch_files
 from ur_jax.encoders import convert as convert_weights
@@ -77,6 +79,18 @@ def test_reference_value(published):
     for fold in (True, False):
         encoder = loading.load_encoder(published, "tiny", fold=fold).replace(input_size=(3, 3))
         np.testing.assert_allclose(_represent(encoder, image), expected, rtol=1e-5)
+
+
+def test_the_command_that_is_printed_next_runs(published, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "a folder"
+    convert_weights.main(convert_weights.Config("tiny", published, out))
+    (line,) = (text for text in capsys.readouterr().out.splitlines() if "Next: " in text)
+    program, command, *words = shlex.split(line.removeprefix("Next: "))
+    assert program == "ur-jax" and str(out) in words
+    # It gets to its work: the encoder is loaded, the images are listed, the settings are met.
+    with fuzz_flags.nothing_computes(), pytest.raises(fuzz_flags.Computed):
+        cli.run(command, words)
 
 
 def test_checkpoint_gives_the_published_numbers(published, converted, monkeypatch):

@@ -15,6 +15,7 @@ or another one.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -91,7 +92,8 @@ def main(config: Config) -> None:
     if published.skipped:
         lines.append(f"Skipped, as they are no tensors: {', '.join(published.skipped)}")
     representation = "" if metadata["head"] else " --representation backbone"
-    flags = f"--preset quick --encoder {config.out}{representation} --images demo --out DIR"
+    place = shlex.quote(str(config.out))
+    flags = f"--preset quick --encoder {place}{representation} --images demo --out DIR"
     lines.append(f"Next: ur-jax evaluate {flags}")
     Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 

@@ -16,6 +16,8 @@ from typing import Literal
 from rich.console import Console
 
 from ur_jax import performance, runs
+from ur_jax.encoders import loading
+from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import NotFoundError, UserError
 
 
@@ -54,6 +56,9 @@ def main(config: Config) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if not config.budget > 0:
         raise UserError(f"Expected a budget > 0 s, got {config.budget}.")
+    for encoder in config.encoders:
+        if encoder not in ENCODERS:  # one of one's own, before the others are measured
+            loading.load_encoder(encoder)
     if config.results is not None:
         show(config, *read(config.results))
         return
