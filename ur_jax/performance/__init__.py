@@ -3,7 +3,7 @@
     python -m ur_jax.performance --preset gpu --against torch --out throughput.json
 
 needs nothing but the core's own dependencies (and PyTorch, if it is compared with);
-`experiments/throughput.py` adds a table and a plot. `suite` says what is measured, `work` holds our
+`ur-jax throughput` adds a table and a plot. `suite` says what is measured, `work` holds our
 side of it, `torch_work` and `torch_networks` PyTorch's, `timing` the clock.
 """
 
