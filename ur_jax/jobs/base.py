@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import jax
+import numpy as np
 import tyro
 from jax.sharding import Mesh
 
@@ -42,6 +43,7 @@ from ur_jax.types import Curve
 
 J = TypeVar("J", bound="Job")
 J = TypeVar("J", bound="Job")
+_NUM_DOUBTED, _NUM_REPAIRS = 4, 20
 EncoderLike = Encoder | str
 ImagesLike = ImageSource | str
 ProbeLike = Classifier | str
@@ -172,6 +174,25 @@ class Job(abc.ABC):
     def check(self, mesh: Mesh) -> None:  # noqa: B027
         """Raises UserError for settings that cannot be met, before a folder is claimed."""
 
+    def doubt(self) -> tuple[str, ...]:
+        """Looks whether the encoder can be measured at all, on a few images; see `Encoder.check`.
+
+        Returns:
+          What a user should know though it stops nothing.
+
+        Raises:
+          UserError: for an encoder that depends on chance or on the batch, is broken or collapsed.
+        """
+        source, encoder = self.source(), self.model
+        number = min(_NUM_DOUBTED, len(source))
+        batches = data.image_batches(
+            source, data.evenly_spaced(len(source), number), batch_size=number,
+            input_size=encoder.input_size, preparation=encoder.preparation,
+        )  # fmt: skip
+        batch = next(batches)
+        images = np.unique(batch.images[batch.mask], axis=0)  # copies have one representation
+        return encoder.check(images) if len(images) else ()
+
     @property
     def samples(self) -> int:
         """Images that will pass through the encoder, an attack's step counted as 3; 0 unknown."""
@@ -258,6 +279,8 @@ class Job(abc.ABC):
                 job = self.opened().settled(begun, mesh)
                 data.check_workers(num_workers)
                 job.check(mesh)
+                for remark in () if begun else job.doubt():
+                    warnings.warn(remark, stacklevel=2)
             if out is not None:
                 stack.enter_context(lock.held(path))
             with hosts.before_merge():
@@ -265,8 +288,14 @@ class Job(abc.ABC):
                     runs.open_run(path, job.identity), bank,
                     jax.process_index(), jax.process_count(), mesh, num_workers, progress,
                 )  # fmt: skip
-            while not _is_computed(job, session, plots=plots and out is not None):
-                pass  # what was damaged is set aside: it is computed again
+            for _ in range(_NUM_REPAIRS):  # what was damaged is set aside: it is computed again
+                if _is_computed(job, session, plots=plots and out is not None):
+                    break
+            else:
+                raise UserError(
+                    f"What is written to {path} does not come back as it was, {_NUM_REPAIRS} times "
+                    "in a row: look at the disk."
+                )
             return Summary.read(path / "summary.json")
 
 

@@ -153,6 +153,9 @@ class Train(Job):
         assert opened._begun is not None  # raises for what cannot be loaded
         return opened
 
+    def doubt(self) -> tuple[str, ...]:
+        return ()  # what is trained need not be good yet
+
     def check(self, mesh: Mesh) -> None:
         require_board()
         require("dm_pix", "train", "Training")
