@@ -5,6 +5,7 @@ What `load_encoder` takes is what every command takes as `--encoder`.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 from collections.abc import Mapping
@@ -414,7 +415,9 @@ def _nothing_at(path: str) -> str:
             f"({spec.url}) and pass it as path, with name={path!r}."
         )
     packaged = ", ".join(_PACKAGED)
+    near = difflib.get_close_matches(path, (*_PACKAGED, *ENCODERS), n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else "."
     return (
-        f"There is no checkpoint or file at {path}; expected an existing path, a function of "
+        f"There is no checkpoint or file at {path}{hint} Expected an existing path, a function of "
         f"your own as file.py:make, or an encoder that ships with the package: {packaged}."
     )

@@ -47,16 +47,12 @@ class Config:
     benchmark: benchmark.Config = benchmark.PRESETS["cifar"]
     """What is measured afterwards; its images and encoders are filled in."""
 
-    def __post_init__(self):
-        for split in ("train", "test"):
-            if not (self.data / split).is_dir():
-                raise NotFoundError(
-                    f"Expected --data with a folder {split}/ in it, got {self.data}."
-                )
-
 
 def main(config: Config) -> int:
     """Trains what is not trained yet, measures what is not measured; returns the exit status."""
+    for split in ("train", "test"):
+        if not (config.data / split).is_dir():
+            raise NotFoundError(f"Expected --data with a folder {split}/ in it, got {config.data}.")
     for name in config.fine_tunings:
         console.rule(f"training: {name}")
         training(config, name).run(place(config, name))
