@@ -49,7 +49,7 @@ def test_a_sound_encoder_passes_and_its_numbers_stay():
     [
         (_batch_norm, "depends on the other images of its batch"),
         (_dropout, "other representations at other places of a batch"),
-        (lambda p, x: x.mean((1, 2)) * 0 + p[0, :3], "the same for all images: collapsed"),
+        (lambda p, x: x.mean((1, 2)) * 0 + p[0, :3], "collapsed: the same for all images"),
         (lambda p, x: x.mean((1, 2)) * 0, "collapsed"),
         (lambda p, x: jnp.log(x.mean((1, 2)) - 2.0), "not finite"),
         (lambda p, x: x.mean((1, 2)) * 1e38 * 1e38, "not finite"),

@@ -109,7 +109,8 @@ def test_bad_settings_are_said_before_anything_is_read(sets, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_collapsed_encoder_and_one_that_is_not_finite(sets):
+def test_a_collapsed_encoder_and_one_that_is_not_finite(sets, monkeypatch):
+    monkeypatch.setattr(Knn, "doubt", lambda self: ())  # which finds both at once
     job = Knn(encoder=ENCODER, images=sets[0], test_images=sets[1], k=5, batch_size=8)
     for weight, message in ((0.0, "encoder 'mine' are collapsed"), (1e38, "18 rows with NaN")):
         broken = ENCODER.replace(params=ENCODER.params * weight)

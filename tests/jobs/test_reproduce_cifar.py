@@ -79,5 +79,5 @@ def test_the_recipes_are_those_that_the_published_numbers_were_made_with(data, t
 
 def test_a_folder_without_the_two_splits(tmp_path):
     with pytest.raises(UserError, match="folder train/ in it, got"):
-        reproduce_cifar.Config(tmp_path, tmp_path / "out")
+        reproduce_cifar.main(reproduce_cifar.Config(tmp_path, tmp_path / "out"))
     assert not runs.as_folder(tmp_path / "out").exists()

@@ -51,12 +51,14 @@ def check(encoder: Encoder, images: Array | np.ndarray) -> tuple[str, ...]:
       images: (B,H,W,3) float32 in [0,1], of different content; the first four are looked at.
 
     Returns:
-      What a user should know though it stops nothing, a sentence each: images of which the gradient
-      is zero or not finite, pixels on another scale than the network seems to expect.
+      What a user should know though it stops nothing, a sentence each: images whose representation
+      is not finite, or whose gradient is zero or not finite; pixels on another scale than the
+      network seems to expect.
 
     Raises:
       UserError: if a representation depends on the other images of its batch, on its place there
-        or on chance; if it is not finite, or NaN arises inside the network; if all are the same.
+        or on chance; if none is finite, or NaN arises inside the network for all; if all are the
+        same.
     """
     check_images(encoder, images)
     images = jnp.asarray(images, jnp.float32)[:_NUM_CHECKED]
@@ -65,12 +67,21 @@ def check(encoder: Encoder, images: Array | np.ndarray) -> tuple[str, ...]:
     represent = lambda x: np.asarray(_represent(encoder, x), np.float64)
     first = represent(images)
     name = f"encoder {encoder.name!r}"
-    if not np.isfinite(first).all():
+    finite = np.isfinite(first).all(1)
+    whole = finite & np.asarray(finite_inside(encoder, images))
+    if not finite.any():
         raise UserError(f"The representations of {name} are not finite; {_BROKEN}")
-    if not np.asarray(finite_inside(encoder, images)).all():
+    if not whole.any():
         raise UserError(
             f"NaN arises inside {name}, and a maximum or minimum after it hides that; {_BROKEN}"
         )
+    found = []
+    if not whole.all():
+        found.append(
+            f"NaN or infinity arises inside {name} for {np.sum(~whole)} of {len(whole)} images; it "
+            f"shows in the representations of {np.sum(~finite)}. Then {_BROKEN}"
+        )
+    images, first = images[np.flatnonzero(whole)], first[whole]
     same = _SAME[encoder.dtype] * max(np.linalg.norm(first, axis=1).max(), 1e-30)
     apart = lambda a, b: np.linalg.norm(a - b, axis=-1).max()
     if apart(first, represent(images)) > same:
@@ -85,12 +96,12 @@ def check(encoder: Encoder, images: Array | np.ndarray) -> tuple[str, ...]:
         raise UserError(
             f"A representation of {name} depends on the other images of its batch. {_INFERENCE}"
         )
-    if _spread(first) <= _COLLAPSED:
+    if len(first) > 1 and _spread(first) <= _COLLAPSED:
         raise UserError(
-            f"The representations of {name} are the same for all images: collapsed; look at its "
+            f"The representations of {name} are collapsed: the same for all images; look at its "
             "training, and at the scale of the pixels that it expects (mean, std)."
         )
-    return tuple(_remarks(encoder, images, first))
+    return (*found, *_remarks(encoder, images, first))
 
 
 _INFERENCE = "Put the network in inference mode (BatchNorm and Dropout), as `from_nnx` does."
