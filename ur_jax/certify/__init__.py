@@ -35,7 +35,7 @@ from ur_jax.certify.registry import CERTIFICATES, CertificateKind, kind_of
 from ur_jax.checks import check_type
 from ur_jax.encoders.base import Encoder
 from ur_jax.probes.classifier import Classifier, check_labels, nearest_image_classifier, num_classes
-from ur_jax.types import Array, Key
+from ur_jax.types import Array, Image, Key
 
 __all__ = [
     "CERTIFICATES",
@@ -64,7 +64,7 @@ __all__ = [
 
 def certify(
     model: Encoder | Callable[[Array], Array],
-    image: Array,
+    image: Image,
     key: Key,
     *,
     config: Any,
