@@ -19,7 +19,7 @@ from ur_jax import runs
 from ur_jax.certify import CenterConfig
 from ur_jax.data import ViewConfig, open_images
 from ur_jax.errors import UserError
-from ur_jax.jobs import JOBS, Session
+from ur_jax.jobs import JOBS, Job, Session
 from ur_jax.jobs.certify import Certify
 from ur_jax.jobs.impersonate import Impersonate, ImpersonationConfig
 from ur_jax.jobs.knn import Knn
@@ -80,7 +80,8 @@ def at(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def stands_for_demo():
+def stands_for_demo(monkeypatch):
+    monkeypatch.setattr(Job, "doubt", lambda self: ())  # it has tests of its own, and takes seconds
     with tiny_encoder.stands_for_demo():
         yield
 
