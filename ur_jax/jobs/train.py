@@ -153,6 +153,12 @@ class Train(Job):
         assert opened._begun is not None  # raises for what cannot be loaded
         return opened
 
+    @property
+    def samples(self) -> int:
+        """Views that will pass through the encoder, two of an image; an attack's step counted 3."""
+        steps = 0 if self.attack == "none" else 3 * self.adversary.num_steps
+        return (self.num_images or len(self.source())) * self.num_epochs * (2 + steps)
+
     def doubt(self) -> tuple[str, ...]:
         return ()  # what is trained need not be good yet
 
