@@ -196,6 +196,22 @@ def trained(names, seed=3):
     return Classifier(ENCODER, jnp.asarray(kernel), jnp.zeros(len(names)), tuple(names))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_part_in_the_middle_brings_no_row_twice(tmp_path, monkeypatch):
+    job = make(save(tmp_path / "photos"), num_images=8, config=RANDOMIZED, probe="nearest")
+    monkeypatch.setattr(certify_parts, "_FLUSH_SECONDS", -1.0)  # a part of each image
+    job.run(tmp_path / "out", progress=quiet, plots=False)
+    whole = (tmp_path / "out" / "certificates.parquet").read_bytes()
+    parts = sorted((tmp_path / "out" / "parts" / "certificates-0").glob("*.npz"))
+    assert len(parts) > 4
+    parts[2].write_bytes(parts[2].read_bytes()[:100])
+    (tmp_path / "out" / "summary.json").unlink()
+    # All that are hidden behind it are written into the one part.
+    monkeypatch.setattr(certify_parts, "_FLUSH_SECONDS", 1e9)
+    job.run(tmp_path / "out", progress=quiet, plots=False)
+    assert (tmp_path / "out" / "certificates.parquet").read_bytes() == whole
+
+
 def save_as(path, probe):
     weights = {"kernel": np.asarray(probe.kernel), "bias": np.asarray(probe.bias)}
     save_probe(path, weights, ENCODER, {"class_names": list(probe.class_names)})

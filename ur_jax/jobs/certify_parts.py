@@ -23,11 +23,17 @@ _LOAD_BATCH = 8
 
 
 def finished(run: Run) -> dict[str, np.ndarray]:
-    """Finished rows of all hosts, in no order; {} if there are none."""
+    """Finished rows of all hosts, one of each image, in no order; {} if there are none.
+
+    A damaged part hides those after it, whose images are then certified anew, with the same rows,
+    before it is there again: some may be there twice.
+    """
     stages = sorted(path.name for path in (run.path / "parts").glob(f"{_STAGE}-*"))
     found = [run.read_parts(stage) for stage in stages if run.num_parts(stage)]
     names = found[0] if found else ()
-    return {name: np.concatenate([part[name] for part in found]) for name in names}
+    rows = {name: np.concatenate([part[name] for part in found]) for name in names}
+    _, first = np.unique(rows.get("index", ()), return_index=True)
+    return {name: values[first] for name, values in rows.items()}
 
 
 def keep(
