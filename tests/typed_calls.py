@@ -12,6 +12,7 @@ import importlib.machinery
 import inspect
 import sys
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from beartype import beartype
@@ -82,11 +83,18 @@ def checked(function: Any) -> Any:
     def call(*args, **kwargs):
         try:
             return typed(*args, **kwargs)
-        except TypeCheckError:
-            function(*args, **kwargs)  # raises, if it is bad input that is refused
+        except TypeCheckError as error:
+            result = function(*args, **kwargs)  # raises, if it is bad input that is refused
+            if isinstance(result, Iterator):  # which refuses where it takes what is bad
+                return _then_raise(result, error)
             raise
 
     return call
+
+
+def _then_raise(items: Iterator, error: TypeCheckError) -> Iterator:
+    yield from items
+    raise error
 
 
 def _has_shape(hint: Any) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from flax.errors import ModifyScopeVariableError
 from jax.core import Tracer
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from ur_jax.checks import check_array, check_pixels
 from ur_jax.errors import UserError, unknown_name
@@ -120,7 +120,7 @@ class Encoder:
 
 
 def from_fn(
-    apply_fn: Callable[[PyTree, Array], Array],
+    apply_fn: Callable[[PyTree, Float[Array, "batch height width 3"]], Float[Array, "batch dim"]],
     params: PyTree,
     *,
     input_size: tuple[int, int],

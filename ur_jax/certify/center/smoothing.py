@@ -20,12 +20,12 @@ from ur_jax.certify.sampling import sample_outputs
 from ur_jax.checks import check_type
 from ur_jax.devices import data_mesh, replicate
 from ur_jax.encoders.base import Encoder
-from ur_jax.types import Array, Key
+from ur_jax.types import Array, Image, Images, Key
 
 
 def center_smoothing(
     encoder: Encoder,
-    images: Iterable[Array],
+    images: Iterable[Image] | Images,
     key: Key,
     *,
     config: CenterConfig,

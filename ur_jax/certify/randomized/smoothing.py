@@ -20,14 +20,14 @@ from ur_jax.certify.sequential import Outcome, Rows, num_selection_pieces, strea
 from ur_jax.devices import data_mesh
 from ur_jax.probes.classifier import num_classes
 from ur_jax.stats.sequences import Table, level_table, looking_times, tolerance_table
-from ur_jax.types import Array, Key
+from ur_jax.types import Array, Image, Images, Key
 
 _NEVER = np.iinfo(np.int32).max
 
 
 def randomized_smoothing(
     classifier: Callable[[Array], Array],
-    images: Iterable[Array],
+    images: Iterable[Image] | Images,
     key: Key,
     *,
     config: RandomizedConfig,
@@ -91,7 +91,7 @@ class Prediction(NamedTuple):
 
 def smoothed_predictions(
     classifier: Callable[[Array], Array],
-    images: Iterable[Array],
+    images: Iterable[Image] | Images,
     key: Key,
     *,
     config: RandomizedConfig,
