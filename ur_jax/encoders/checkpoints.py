@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,11 +93,17 @@ def write_manifest(path: str | os.PathLike) -> None:
     write_json(cast(Path, path / _MANIFEST), {"format": 1, "files": _hashes(path)})
 
 
-def restore_encoder(path: str | os.PathLike) -> tuple[PyTree, dict[str, Any]]:
+def restore_encoder(
+    path: str | os.PathLike,
+    *,
+    before: Callable[[Mapping[str, Any], Mapping[str, Any]], None] | None = None,
+) -> tuple[PyTree, dict[str, Any]]:
     """Reads a checkpoint that `save_encoder` wrote, whatever devices either machine has.
 
     Args:
       path: the checkpoint directory.
+      before: called with the metadata and the tree of shapes before memory is taken for the
+        variables; raises if they are not to be read.
 
     Returns:
       (variables as NumPy arrays, metadata).
@@ -110,6 +116,8 @@ def restore_encoder(path: str | os.PathLike) -> tuple[PyTree, dict[str, Any]]:
     check_files(path)
     with ocp.StandardCheckpointer() as checkpointer, _readable(path) as place:
         stored, metadata = _read_metadata(path, checkpointer, place)
+        if before is not None:
+            before(metadata, stored.item_metadata.tree)
         try:
             target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), stored.item_metadata.tree)
             variables = checkpointer.restore(place, target)

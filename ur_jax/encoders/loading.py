@@ -18,6 +18,8 @@ import numpy as np
 
 from ur_jax.encoders import checkpoints, factories, mapping
 from ur_jax.encoders.base import Encoder, Origin, from_fn
+from ur_jax.encoders.bridge import checkpoint as bridge_checkpoint
+from ur_jax.encoders.bridge.function import GraphFn
 from ur_jax.encoders.identity import described as described
 from ur_jax.encoders.networks.layers import fold_batch_norm
 from ur_jax.encoders.networks.network import NetworkFn
@@ -78,8 +80,10 @@ def load_encoder(
             raise UserError(f"Expected no name with the function {location}, got {name!r}.")
         return factories.make(*factories.split_arguments(location), representation, dtype)
     location = _located(location)
-    if _is_directory(location) and "own" in checkpoints.read_metadata(location):
+    if (kind := _kind(location)) == "own":
         return factories.restore(location, representation, dtype, factory)
+    if kind == "bridge" and factory is None:
+        return bridge_checkpoint.restore(location, representation, dtype)
     if factory is not None:
         raise UserError(f"Expected a checkpoint of an own encoder with factory, got {path}.")
     variables, spec, config, _, folded = _load(location, name, prefix, group, representation)
@@ -128,6 +132,9 @@ def save_encoder(
     if origin.place in ENCODERS:
         kept = {**(metadata or {}), "encoder": origin.place, **origin.arguments}
         checkpoints.save_encoder(path, encoder.params, kept, overwrite=overwrite)
+        return
+    if isinstance(encoder.apply_fn, GraphFn) and factory is None:
+        bridge_checkpoint.save(path, encoder, metadata or {}, overwrite=overwrite)
         return
     factories.save(path, encoder, origin, metadata or {}, overwrite=overwrite)
 
@@ -198,8 +205,7 @@ def is_own(path: str | os.PathLike) -> bool:
     location = os.fspath(path)
     if not os.path.exists(location) and factories.is_place(location):
         return True
-    location = _located(location)
-    return _is_directory(location) and "own" in checkpoints.read_metadata(location)
+    return _kind(_located(location)) in ("own", "bridge")
 
 
 def _located(location: str) -> str:
@@ -210,6 +216,14 @@ def _located(location: str) -> str:
 def _is_directory(location: str) -> bool:
     """Whether it is to be read as a checkpoint directory."""
     return "://" in location or os.path.isdir(location)
+
+
+def _kind(location: str) -> str | None:
+    """Whose network a checkpoint holds: "own", "bridge" of PyTorch, or None of one known here."""
+    if not _is_directory(location):
+        return None
+    metadata = checkpoints.read_metadata(location)
+    return next((kind for kind in ("own", "bridge") if kind in metadata), None)
 
 
 def _load(
