@@ -52,9 +52,11 @@ def test_projection_is_inside_the_ball_and_the_box_for_any_input(norm, eps, kind
         if norm == "linf":
             assert np.abs(difference).max() <= eps + ulp
         else:
-            assert np.sqrt((difference**2).sum((1, 2, 3))).max() <= eps + np.spacing(
-                np.float32(eps)
-            )
+            norms = {
+                "l2": np.sqrt((difference**2).sum((1, 2, 3))),
+                "l1": np.abs(difference).sum((1, 2, 3)),
+            }
+            assert norms[norm].max() <= eps + np.spacing(np.float32(eps))
 
 
 @pytest.mark.parametrize("norm", attacks.NORMS)
@@ -62,6 +64,24 @@ def test_projection_leaves_what_is_inside(norm):
     images = _images(3)
     near = jnp.clip(images + 1e-3, 0.0, 1.0)
     np.testing.assert_array_equal(attacks.project(near, images, eps=1.0, norm=norm), near)
+
+
+def test_the_l1_projection_is_the_nearest_point_of_ball_and_box():
+    """Of 20,000 random points of both, none is nearer; and its KKT conditions hold."""
+    rng = np.random.default_rng(5)
+    image, attacked = rng.random((1, 2, 2, 3)), rng.normal(0.5, 0.7, (1, 2, 2, 3))
+    eps = 0.9
+    moved = attacks.project(*(jnp.asarray(x, jnp.float32) for x in (attacked, image)),
+                            eps=eps, norm="l1")  # fmt: skip
+    moved = np.asarray(moved, np.float64)
+    assert abs(np.abs(moved - image).sum() - eps) < 1e-5
+    weights = rng.dirichlet(np.full(12, 0.3), 20_000) * eps * rng.choice([-1, 1], (20_000, 12))
+    others = np.clip(image.reshape(-1) + weights, 0, 1)
+    nearest = np.linalg.norm(moved - attacked)
+    assert np.linalg.norm(others - attacked.reshape(-1), axis=1).min() >= nearest - 1e-6
+    far, size = np.abs(attacked - image), np.abs(moved - image)
+    inside = (size > 1e-4) & (moved > 1e-4) & (moved < 1 - 1e-4)
+    assert np.ptp((far - size)[inside]) < 1e-5  # one threshold for all that are neither
 
 
 def _numpy_pgd(weight, images, start, eps, step_size, num_steps, norm, target=None):
@@ -172,7 +192,7 @@ def test_random_start_is_uniform_in_the_ball(norm):
     config = attacks.AttackConfig(eps=0.1, norm=norm)
     start = attacks.random_start(images, jax.random.key(1), config=config)
     delta = np.asarray(start - images).reshape(-1, 3) / 0.1
-    radius = np.abs(delta).max(1) if norm == "linf" else np.linalg.norm(delta, axis=1)
+    radius = np.linalg.norm(delta, {"linf": np.inf, "l2": 2, "l1": 1}[norm], axis=1)
     # Standard deviation of the radius is sqrt(d / (d + 2)) / (d + 1): 0.19 for d = 3; 4.5 sigmas.
     assert abs(radius.mean() - 0.75) < 4.5 * 0.194 / np.sqrt(4000)
     assert np.abs(delta.mean(0)).max() < 4.5 * 0.58 / np.sqrt(4000)
@@ -244,7 +264,7 @@ def test_sharded_batch_equals_one_device():
         ({"step_size": 0.0}, "step_size > 0"),
         ({"num_steps": 0}, "num_steps >= 1"),
         ({"num_restarts": 0}, "num_restarts >= 1"),
-        ({"norm": "l1"}, "Unknown norm 'l1'"),
+        ({"norm": "l3"}, "Unknown norm 'l3'"),
         ({"num_restarts": 2, "random_start": False}, "random start"),
     ],
 )

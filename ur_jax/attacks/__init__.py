@@ -1,8 +1,8 @@
-"""Unsupervised attacks: U-FGSM, U-PGD and L-PGD, over one projected-gradient core.
+"""Attacks on representations: U-FGSM, U-PGD, L-PGD, APGD, Square and more, over one loop.
 
 Every attack is random start -> gradient -> step -> project, and returns images; it changes nothing
-else. A norm changes the `ball`, a step `rule` how a gradient becomes a step, an attack the
-objective; the loop (`ascent`) is one. Gradients are with respect to the images only.
+else. A norm changes the `ball`, a step rule (`rules`, `apgd`, `momentum`, `square`) how a gradient
+becomes a step, an objective (`objectives`) what grows; the loop (`ascent`) is one. Gradients are with respect to the images only.
 
 Images must lie in [0,1]. The result lies in the ball around the ORIGINAL image and in [0,1], to one
 float32 ulp.
@@ -11,11 +11,15 @@ Reference: Petrov & Kwiatkowska 2022, "Robustness of Unsupervised Representation
 Labels" (arXiv:2210.04076), section 3; Madry et al. 2018 for PGD.
 """
 
-from ur_jax.attacks.ascent import Health
+from ur_jax.attacks.apgd import Apgd
+from ur_jax.attacks.ascent import Health, best_until
 from ur_jax.attacks.ball import NORMS, image_keys, project
 from ur_jax.attacks.config import AttackConfig, fgsm_config
 from ur_jax.attacks.loss import LossAttackResult, loss_pgd
+from ur_jax.attacks.momentum import Momentum
+from ur_jax.attacks.objectives import OBJECTIVES, Aim, Neighbour, Objective
 from ur_jax.attacks.rules import RULES, Point, StepRule
+from ur_jax.attacks.square import Square
 from ur_jax.attacks.unsupervised import (
     AttackHistory,
     AttackResult,
@@ -26,14 +30,22 @@ from ur_jax.attacks.unsupervised import (
 
 __all__ = [
     "NORMS",
+    "OBJECTIVES",
     "RULES",
+    "Aim",
+    "Apgd",
     "AttackConfig",
     "AttackHistory",
     "AttackResult",
     "Health",
     "LossAttackResult",
+    "Momentum",
+    "Neighbour",
+    "Objective",
     "Point",
+    "Square",
     "StepRule",
+    "best_until",
     "fgsm_config",
     "image_keys",
     "loss_pgd",

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from ur_jax.attacks.ball import UNIT, check_norm
+from ur_jax.attacks.ball import NORMS, UNIT, check_norm
+from ur_jax.attacks.objectives import OBJECTIVES
 from ur_jax.attacks.rules import RULES
 from ur_jax.checks import check_flag, check_number, check_whole
 from ur_jax.errors import UserError
@@ -20,13 +21,14 @@ class AttackConfig:
 
     Attributes:
       eps: radius of the ball in pixel units, > 0; for linf also <= 1.
-      step_size: length of a step in the same norm, as `eps`; of the first one, for rules that
-        change it.
-      num_steps: number of steps, >= 1.
-      norm: "linf" or "l2".
+      step_size: length of a step in the same norm, as `eps`; rules that choose their own
+        (`apgd`, `square`) do not use it.
+      num_steps: number of steps, >= 1; of `square`, of queries.
+      norm: one of `NORMS`.
       random_start: start uniformly in the ball rather than at the image.
       num_restarts: independent runs, of which each image keeps its worst, >= 1.
       rule: how a gradient becomes a step, a name of `RULES`.
+      objective: what is maximised, a name of `OBJECTIVES`.
 
     Raises:
       ValueError: for a value out of range.
@@ -39,6 +41,7 @@ class AttackConfig:
     random_start: bool = True
     num_restarts: int = 1
     rule: str = "fixed"
+    objective: str = "l2"
 
     def __post_init__(self):
         check_types(self)
@@ -53,7 +56,13 @@ class AttackConfig:
                 f"Expected a random start with num_restarts={self.num_restarts}: without one, "
                 "all restarts are the same run. Set random_start=True or num_restarts=1."
             )
-        RULES[self.rule]  # raises for an unknown name
+        norms = getattr(RULES[self.rule](), "norms", NORMS)  # raises for an unknown name
+        if self.norm not in norms:
+            raise UserError(
+                f"Expected norm {' or '.join(norms)} with the step rule {self.rule!r}, got "
+                f"{self.norm!r}; choose another rule."
+            )
+        OBJECTIVES[self.objective]  # the same
 
 
 def fgsm_config(eps: float, norm: str = "linf") -> AttackConfig:
@@ -63,7 +72,8 @@ def fgsm_config(eps: float, norm: str = "linf") -> AttackConfig:
 
 def check_radius(config: AttackConfig, images: Images) -> None:
     """Refuses a ball that holds every picture."""
-    diagonal = math.sqrt(math.prod(images.shape[1:]))
+    pixels = math.prod(images.shape[1:])
+    diagonal = {"linf": 1.0, "l2": math.sqrt(pixels), "l1": float(pixels)}[config.norm]
     if config.eps > diagonal:
         raise UserError(
             f"Expected eps <= {diagonal:.4g} in {config.norm}, the largest distance between two "

@@ -70,13 +70,13 @@ def loss_pgd(
 def _loss_pgd(loss_fn, params, images, keys, size, config) -> LossAttackResult:
     """`loss_pgd` without the checks."""
 
-    def objective_fn(attacked):
+    def objective_fn(attacked, draws):
         losses = loss_fn(params, attacked)
         _check_losses(losses, len(attacked))
         return losses, losses
 
-    end = ascend(objective_fn, lambda losses: losses, images, keys, size, config)
-    return LossAttackResult(end.images, end.objective, end.records, end.health)
+    end = ascend(objective_fn, lambda losses: (), images, keys, size, config)
+    return LossAttackResult(end.images, end.objective, end.objectives, end.health)
 
 
 def _check_losses(losses: Any, num_images: int) -> None:

@@ -24,6 +24,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
+
 from ur_jax.attacks.ball import Ball
 from ur_jax.registry import Registry
 from ur_jax.types import Array, PyTree
@@ -34,19 +37,25 @@ class Point(NamedTuple):
 
     Attributes:
       images: (B,H,W,3) float32, in the ball.
-      gradient: (B,H,W,3) float32 of each image's objective; finite.
+      gradient: (B,H,W,3) float32 of each image's objective; finite; 0 for a rule without.
       objective: (B,) float32, what is maximised, at the images.
       number: of steps done so far, a scalar.
+      keys: a key of this step for each image (B,), for rules that draw.
     """
 
     images: Array
     gradient: Array
     objective: Array
     number: Array
+    keys: Array
 
 
 class StepRule(Protocol):
-    """What a rule has; made anew, without arguments, by what is registered under its name."""
+    """What a rule has; made anew, without arguments, by what is registered under its name.
+
+    It may also have `norms`, the ones that it knows, if not all; `needs_gradient = False`, which
+    saves the gradients; and `start(ball, keys)`, its own first point instead of a uniform one.
+    """
 
     @property
     def keeps_best(self) -> bool:
@@ -71,6 +80,20 @@ class StepRule(Protocol):
 
 RULES: Registry[Callable[[], StepRule]] = Registry("step rule", "ur_jax.step_rules")
 """Every step rule, by the name that `AttackConfig.rule` takes."""
+
+
+def better(new: Any, old: Any) -> Any:
+    """Of each image the one of the larger objective, the second of two tuples of (B, ...).
+
+    NaN is less than any number.
+    """
+    return pick((new[1] > old[1]) | jnp.isnan(old[1]), new, old)
+
+
+def pick(chosen: Array, new: Any, old: Any) -> Any:
+    """Of each image (B,) the one or the other; pytrees of (B, ...)."""
+    choose = lambda new, old: jnp.where(chosen.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+    return jax.tree.map(choose, new, old)
 
 
 @RULES.register("fixed")

@@ -6,24 +6,25 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from ur_jax.attacks.ascent import Health, ascend, start_of
+from ur_jax.attacks.ascent import Health, ascend, best_until, start_of
 from ur_jax.attacks.ball import Ball, image_keys
 from ur_jax.attacks.config import AttackConfig, check_radius, fgsm_config, split
+from ur_jax.attacks.objectives import OBJECTIVES, Aim
 from ur_jax.checks import check_finite_array, check_pixels, check_type
-from ur_jax.distances import all_distances
+from ur_jax.distances import Distances, all_distances
 from ur_jax.encoders.base import Encoder, check_images
 from ur_jax.errors import UserError
-from ur_jax.types import Array, Images, Keys, OnDevice, Representations
+from ur_jax.types import Array, Images, Keys, OnDevice, Representations, Rows
 
 
 class AttackHistory(NamedTuple):
     """What an attack records, each (B,T): entry t is distances BEFORE step t, norms AFTER step t.
 
     So entry 0 of the distances belongs to the start, "at t steps" is entry t of a run of more than
-    t steps, and the distances after the last step are those of the result's representations.
-    Perturbation norms are in pixel units, over all H*W*3 values.
+    t steps. They are those of the present point, whether the rule keeps it or not; `best` has those
+    of the best point until each step. Perturbation norms are in pixel units, over all H*W*3 values.
+    Of several restarts, the history is that of the one whose end each image keeps.
     """
 
     dist_l1: Array
@@ -33,6 +34,13 @@ class AttackHistory(NamedTuple):
     perturb_l1: Array
     perturb_l2: Array
     perturb_linf: Array
+    objective: Array
+
+    @property
+    def best(self) -> Distances:
+        """Distances (B,T) at the point of the largest objective until each step, BEFORE it."""
+        present = Distances(*self[:4])
+        return Distances(*(best_until(self.objective, values) for values in present))
 
 
 class AttackResult(NamedTuple):
@@ -61,12 +69,15 @@ def u_pgd(
     config: AttackConfig,
     target: Representations | None = None,
     start: Images | None = None,
+    bank: Rows | None = None,
 ) -> AttackResult:
     """Unsupervised PGD: moves representations away from their own, or towards a target.
 
       untargeted: maximise |f(x + delta) - f(x)|^2      targeted: minimise |f(x + delta) - target|^2
 
     The squared l2 distance has the same direction of gradient as l2 and is differentiable at 0.
+    `config.objective` names another measure, `config.rule` other steps: `apgd` finds more at the
+    same cost, `square` needs no gradient.
 
     Args:
       encoder: the encoder f.
@@ -76,9 +87,11 @@ def u_pgd(
       config: the attack; eps and step size are traced, the rest is static.
       target: representations (B,D) float32 to move towards; untargeted if left out.
       start: where to start (B,H,W,3) instead of at random; taken as it is, even outside the ball.
+      bank: clean representations (N,D) float32, for objectives that look at neighbours.
 
     Returns:
       Attacked images, their representations, and the history of distances to f(x) or the target.
+      They are those of the last point by the rule `fixed`, by all others of the best point seen.
       The images are finite and inside the ball whatever the encoder's gradients are; the
       representations of an encoder that is NaN or infinite there are so too.
 
@@ -107,11 +120,18 @@ def u_pgd(
             "Expected random_start=True for an untargeted attack, got False: at the original image "
             "the gradient of the distance to itself is exactly zero, and nothing would move."
         )
+    if (bank is not None) != getattr(OBJECTIVES[config.objective](), "needs_bank", False):
+        raise UserError(
+            f"Expected {'no ' * (bank is not None)}bank of clean representations with the objective "
+            f"{config.objective!r}."
+        )
+    if bank is not None:
+        check_finite_array("bank", bank, (len(bank), encoder.dimension))
     if target is not None:
         shape = (len(images), encoder.dimension)
         check_finite_array("target", target, shape)
     keys = image_keys(key, len(images))
-    return _u_pgd(encoder, images, keys, target, start, *split(config))
+    return _u_pgd(encoder, images, keys, target, start, *split(config), bank)
 
 
 def u_fgsm(
@@ -146,19 +166,18 @@ def random_start(images: Images, key: Keys, *, config: AttackConfig) -> OnDevice
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _u_pgd(encoder, images, keys, target, start, size, config) -> AttackResult:
+def _u_pgd(encoder, images, keys, target, start, size, config, bank=None) -> AttackResult:
     """`u_pgd` without the checks."""
-    sign, reference = (1.0, encoder(images)) if target is None else (-1.0, target)
-    reference = jax.lax.stop_gradient(reference)
+    reference = jax.lax.stop_gradient(encoder(images) if target is None else target)
+    aim, objective_of = Aim(reference, target is not None, bank), OBJECTIVES[config.objective]()
 
-    def objective_fn(attacked):
+    def objective_fn(attacked, draws):
         representations = encoder(attacked)
-        objective = sign * jnp.sum(jnp.square(representations - reference), axis=-1)
-        return objective, representations
+        return objective_of(representations, aim), representations
 
     def record_fn(representations):
         return all_distances(representations, reference)
 
     end = ascend(objective_fn, record_fn, images, keys, size, config, start)
-    history = AttackHistory._make((*end.records, *end.norms))
+    history = AttackHistory._make((*end.records, *end.norms, end.objectives))
     return AttackResult(end.images, end.output, end.objective, history, end.health)

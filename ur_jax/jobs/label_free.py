@@ -25,7 +25,7 @@ import tyro
 from jax.sharding import Mesh
 
 from ur_jax import devices, metrics, runs
-from ur_jax.attacks import AttackConfig, u_pgd
+from ur_jax.attacks import OBJECTIVES, RULES, AttackConfig, u_pgd
 from ur_jax.checks import check_whole
 from ur_jax.data import ImageBatch, check_batch_size, evenly_spaced, load_uint8
 from ur_jax.devices import hosts, memory
@@ -45,7 +45,7 @@ STAGES = ("distances", "attacks", "overlap", "breakaway")
 
 _NUM_SHOWN = 6
 _BANK = ("num_clean", "num_distribution")
-_ATTACK = ("step_size", "rule")
+_ATTACK = ("step_size", "rule", "norm", "num_restarts", "objective")
 _SETTINGS = {
     "distances": _BANK,
     "attacks": (*_BANK, "num_images", "eps", "read_at", "nearest_level", *_ATTACK),
@@ -65,9 +65,13 @@ class EvaluationConfig:
       num_images: images attacked, and pairs of the overlap risk (at most half of all images).
       num_clean: images of the bank that breakaway risk and neighbours look in; None for all.
       num_distribution: images of the distance distribution, a subset of the bank; None for all.
-      eps: radii of the attacks, linf, pixel units.
-      step_size: of every attack.
-      rule: how a gradient becomes a step in every attack, a name of `attacks.RULES`.
+      eps: radii of the attacks, pixel units.
+      step_size: of every attack whose rule does not choose its own.
+      rule: how a gradient becomes a step in every attack, a name of `attacks.RULES`. All but
+        `fixed` are read at the best point until a step.
+      norm: of every attack, linf, l2 or l1.
+      num_restarts: independent runs of every attack, of which each image keeps its worst.
+      objective: what every attack maximises, a name of `attacks.OBJECTIVES`.
       read_at: steps at which attacks are read.
       overlap_eps, overlap_steps: the attacks on pairs.
       breakaway_eps, breakaway_steps: the attack of breakaway risk and neighbour accuracy.
@@ -87,6 +91,9 @@ class EvaluationConfig:
     eps: tuple[float, ...] = (0.05, 0.10)
     step_size: float = 0.001
     rule: str = "fixed"
+    norm: str = "linf"
+    num_restarts: int = 1
+    objective: str = "l2"
     read_at: tuple[int, ...] = (5, 10, 30, 50)
     overlap_eps: float = 0.05
     overlap_steps: int = 10
@@ -117,7 +124,15 @@ class EvaluationConfig:
 
     def attack(self, eps: float, num_steps: int) -> AttackConfig:
         """The U-PGD of these settings."""
-        return AttackConfig(eps=eps, step_size=self.step_size, num_steps=num_steps, rule=self.rule)
+        return AttackConfig(
+            eps, self.step_size, num_steps, self.norm,
+            num_restarts=self.num_restarts, rule=self.rule, objective=self.objective,
+        )  # fmt: skip
+
+    @property
+    def needs_bank(self) -> bool:
+        """Whether the objective looks at the neighbours in the bank."""
+        return getattr(OBJECTIVES[self.objective](), "needs_bank", False)
 
 
 @register("evaluate")
@@ -137,16 +152,18 @@ class LabelFree(Job):
     def samples(self) -> int:
         """Images that will pass through the encoder, a step of an attack counted as 3."""
         protocol, total = self.protocol, len(self.source())
-        attacked = min(protocol.num_images, total)
-        steps = _STEP_COST * (max(protocol.read_at) + 1)
+        attacked = min(protocol.num_images, total) * protocol.num_restarts
+        has_gradient = getattr(RULES[protocol.rule](), "needs_gradient", True)
+        cost = _STEP_COST if has_gradient else 1
+        steps = cost * (max(protocol.read_at) + 1)
         return sum(
             {
                 "distances": protocol.num_clean or total,
                 "attacks": len(protocol.eps) * attacked * (2 * steps + 1),
                 "overlap": 2
                 * min(attacked, total // 2)
-                * (_STEP_COST * protocol.overlap_steps + 1),
-                "breakaway": attacked * (_STEP_COST * protocol.breakaway_steps + 1),
+                * (cost * protocol.overlap_steps + 1),
+                "breakaway": attacked * (cost * protocol.breakaway_steps + 1),
             }[stage]
             for stage in self.stages
         )
@@ -169,6 +186,12 @@ class LabelFree(Job):
                 raise unknown_name("stage", stage, STAGES)
         if not self.stages:
             raise UserError(f"Expected at least one stage of {', '.join(STAGES)}.")
+        if self.protocol.needs_bank and {"attacks", "overlap"} & set(self.stages):
+            raise UserError(
+                f"Expected stages distances and breakaway alone with the objective "
+                f"{self.protocol.objective!r}, which has no target, got "
+                f"{', '.join(self.stages)}; add --stages breakaway."
+            )
         check_fits(self.protocol, len(self.source()), mesh)
         if self.protocol.batch_size is not None:
             size, total = self.protocol.batch_size, len(self.source())
@@ -298,6 +321,8 @@ class LabelFree(Job):
         towards = None if target is None else self._target(mesh, target)
         result = self._u_pgd(mesh, batch, stream, attack, towards)
         history = {name: getattr(result.history, name) for name in tables.HISTORY}
+        if RULES[attack.rule]().keeps_best:
+            history |= dict(zip(tables.BEST, result.history.best))
         history |= attack_health.columns(result, attack.num_steps)
         return history | ({} if target is None else {"target": target.indices})
 
@@ -330,9 +355,13 @@ class LabelFree(Job):
         config, mesh = self.protocol, session.mesh
         attack = config.attack(config.breakaway_eps, config.breakaway_steps)
         indices = evenly_spaced(len(self.source()), config.num_images)
+        bank = None
+        if config.needs_bank:
+            hosts.on_all_hosts(True)  # all of it is there
+            bank = devices.replicate(mesh, self._bank(session).run.read_parts("clean")["clean"])
 
         def compute(batch):
-            result = self._u_pgd(mesh, batch, _BREAKAWAY, attack, None)
+            result = self._u_pgd(mesh, batch, _BREAKAWAY, attack, None, bank)
             clean = self._encode(mesh, batch)
             if batch.indices[0] == indices[0]:
                 readable = np.flatnonzero(batch.mask)  # and no padding
@@ -373,13 +402,13 @@ class LabelFree(Job):
 
     def _u_pgd(
         self, mesh: Mesh, batch: ImageBatch, stream: int, attack: AttackConfig,
-        target: Array | None,
+        target: Array | None, bank: Array | None = None,
     ):  # fmt: skip
         """`u_pgd` of a batch over the devices, each image's start drawn by its own index."""
         fold = jax.vmap(jax.random.fold_in, (None, 0))
         keys = fold(self._key(stream), batch.indices.astype(np.uint32))
         images, keys = devices.shard(mesh, (batch.images, keys))
-        return u_pgd(self.model, images, keys, config=attack, target=target)
+        return u_pgd(self.model, images, keys, config=attack, target=target, bank=bank)
 
 
 LabelFree.presets = {
@@ -402,7 +431,10 @@ def fit_batch_size(
       num_hosts: how many there are; a batch is no larger than a host's share of attacked images.
     """
     attack = config.attack(max(config.eps), 2)  # its memory does not grow with its steps
-    attacked = lambda encoder, images: u_pgd(encoder, images, jax.random.key(0), config=attack)
+    attacked = lambda encoder, images: u_pgd(
+        encoder, images, jax.random.key(0), config=attack,
+        bank=jnp.ones((8, encoder.dimension)) if config.needs_bank else None,
+    )  # fmt: skip
     most = memory.fit_batch_size(attacked, encoder, (*encoder.input_size, 3))
     return mesh.size * min(most, math.ceil(config.num_images / (num_hosts * mesh.size)))
 

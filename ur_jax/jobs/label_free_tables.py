@@ -29,6 +29,8 @@ HISTORY = (
     "cosine_similarity",
     *(f"perturb_{name}" for name in DIVERGENCES),
 )
+BEST = tuple(f"best_{name}" for name in HISTORY[:4])
+"""What is kept beside it, and read, of attacks that return the best point that they pass."""
 DISTRIBUTION = 6
 """The stream of random numbers that shuffles the bank."""
 
@@ -84,24 +86,25 @@ def attack_rows(
         for mode in ("untargeted", "targeted"):
             part = run.read_parts(f"{mode}_{eps:g}")
             values: dict[str, dict[Any, Any]] = {
-                "cosine_similarity": {None: part["cosine_similarity"]}
+                "cosine_similarity": {None: _read(part, "cosine_similarity")}
             }
+            far = {d: _read(part, f"dist_{d}") for d in DIVERGENCES}
             shares = {
                 d: metrics.universal_quantile(
-                    distributions[d], part[f"dist_{d}"], nearest_level=config.nearest_level
+                    distributions[d], far[d], nearest_level=config.nearest_level
                 )
                 for d in DIVERGENCES
             }
             if mode == "untargeted":
                 values["universal_quantile"] = shares
                 values["normalised_distance"] = {
-                    d: metrics.normalised_distance(distributions[d], part[f"dist_{d}"])
+                    d: metrics.normalised_distance(distributions[d], far[d])
                     for d in DIVERGENCES
                 }
             else:
                 del values["cosine_similarity"]  # robust is high against the clean image only
                 values["universal_quantile_targeted"] = shares
-                values["relative_quantile"] = {d: _relative(part[f"dist_{d}"]) for d in DIVERGENCES}
+                values["relative_quantile"] = {d: _relative(far[d]) for d in DIVERGENCES}
             for name, by_divergence in values.items():
                 for d, value in by_divergence.items():
                     worst = np.where(_lost(part), _WORST[name], np.asarray(value))
@@ -119,9 +122,14 @@ def _relative(distances: np.ndarray) -> np.ndarray:
     return np.where(start == 0.0, np.nan, metrics.relative_quantile(distances, start))
 
 
+def _read(part: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """What is read of an attack (N,T): of the best point until each step, if that is what counts."""
+    return part[f"best_{name}" if f"best_{name}" in part else name]
+
+
 def _lost(part: Mapping[str, np.ndarray]) -> np.ndarray:
     """Whether an attacked image was NaN or infinitely far, at each step (N,T)."""
-    return ~np.isfinite(part["dist_l2"])
+    return ~np.isfinite(_read(part, "dist_l2"))
 
 
 def breakaway_rows(run: Run, bank: Bank, config: EvaluationConfig, mesh: Mesh) -> Iterator[Row]:
@@ -194,8 +202,7 @@ def attack_curves(folder: Path, scale: float | None) -> Iterator[Curve]:
       scale: the median clean distance, the unit of untargeted attacks, left out without it;
         targeted ones are relative to the distance at the start.
     """
-    columns = ("eps", "mode", "step", "dist_l2")
-    table = runs.read_table(folder / "attacks.parquet", columns)
+    table = runs.read_table(folder / "attacks.parquet")
     for eps in np.unique(table["eps"]):
         for mode, label in (
             ("untargeted", "distance moved / median clean distance"),
@@ -206,7 +213,7 @@ def attack_curves(folder: Path, scale: float | None) -> Iterator[Curve]:
                 continue
             # Rows are written image after image, each from step 0 on.
             num_steps = int(table["step"][chosen].max()) + 1
-            distances = table["dist_l2"][chosen].reshape(-1, num_steps).astype(np.float64)
+            distances = _read(table, "dist_l2")[chosen].reshape(-1, num_steps).astype(np.float64)
             worst = _WORST["relative_quantile"] if mode == "targeted" else math.inf
             if mode == "targeted":
                 distances = distances[distances[:, 0] != 0]  # two copies of an image have none
@@ -247,7 +254,7 @@ def _attack_columns(part, mode, eps, shares) -> dict[str, np.ndarray]:
         "target": np.repeat(part.get("target", np.full(num_images, -1)), num_steps),
         "eps": np.full(num_images * num_steps, eps),
         "step": np.tile(np.arange(num_steps), num_images),
-        **{name: part[name].ravel() for name in HISTORY},
+        **{name: part[name].ravel() for name in (*HISTORY, *BEST) if name in part},
         **{f"universal_quantile_{d}": np.asarray(share).ravel() for d, share in shares.items()},
     }
 
