@@ -220,7 +220,8 @@ def test_a_loss_that_is_not_one_for_each_image(loss):
 @pytest.mark.parametrize(
     "change",
     [{"eps": 8}, {"eps": "8/255"}, {"step_size": 2.0}, {"num_steps": 2.5}, {"num_steps": True},
-     {"num_restarts": 0}, {"random_start": "no"}, {"rule": "apdg"}, {"objective": "l3"}, {"norm": None}],
+     {"num_restarts": 0}, {"random_start": "no"}, {"rule": "apdg"}, {"objective": "l3"},
+     {"norm": None}],
     ids=str,
 )  # fmt: skip
 def test_settings_without_sense(change):

@@ -2,7 +2,8 @@
 
 Every attack is random start -> gradient -> step -> project, and returns images; it changes nothing
 else. A norm changes the `ball`, a step rule (`rules`, `apgd`, `momentum`, `square`) how a gradient
-becomes a step, an objective (`objectives`) what grows; the loop (`ascent`) is one. Gradients are with respect to the images only.
+becomes a step, an objective (`objectives`) what grows; the loop (`ascent`) is one. Gradients are
+with respect to the images only.
 
 Images must lie in [0,1]. The result lies in the ball around the ORIGINAL image and in [0,1], to one
 float32 ulp.

@@ -14,7 +14,6 @@ from ur_jax.attacks.config import AttackConfig, Size
 from ur_jax.attacks.rules import RULES, Point, StepRule, better
 from ur_jax.types import Array, PyTree
 
-
 _DRAWS = 0x5EED
 """The stream of what rules and objectives draw, apart from that of the start."""
 
@@ -146,7 +145,7 @@ def best_until(objectives: Array, values: Array) -> Array:
 
 
 def _gradient_fn(objective_fn, rule: StepRule):
-    """(images, keys) -> (gradient, (objective (B,), output)); without one if the rule needs none."""
+    """(images, keys) -> (gradient, (objective (B,), output)); 0 for a rule that needs none."""
     if not getattr(rule, "needs_gradient", True):
         return lambda attacked, keys: (jnp.zeros_like(attacked), objective_fn(attacked, keys))
 

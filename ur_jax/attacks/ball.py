@@ -84,9 +84,9 @@ def project(attacked: Images, images: Images, *, eps: float | Array, norm: str) 
     linf: clips every pixel to [x - eps, x + eps], then to [0,1]. l2: scales the perturbation to
     eps / max(eps, |delta|_2), clips to [0,1] (which brings it no farther from x, since x is in
     [0,1]) and rounds every pixel towards x, so that rounding can't leave the ball either. l1: the
-    nearest point of ball and box together, x + sign(delta) clip(|delta| - t, 0, room), where room is
-    what a pixel has left in that direction and t >= 0 the smallest with |.|_1 <= eps, by bisection
-    (Croce & Hein 2021, "Mind the Box", proposition 2.1); then scaled and rounded as in l2.
+    nearest point of ball and box together, x + sign(delta) clip(|delta| - t, 0, room), where room
+    is what a pixel has left in that direction and t >= 0 the smallest with |.|_1 <= eps, by
+    bisection (Croce & Hein 2021, "Mind the Box"); then scaled and rounded as in l2.
 
     Args:
       attacked: (B,H,W,3) float32, any finite values.
@@ -128,7 +128,7 @@ def _project(attacked: AnyArray, images: AnyArray, eps: float | Array, norm: str
     return jnp.where(jnp.abs(moved - images) > jnp.abs(delta), jnp.nextafter(moved, images), moved)
 
 
-def _to_l1_ball(delta: Array, images: AnyArray, eps: float | Array) -> Array:
+def _to_l1_ball(delta: AnyArray, images: AnyArray, eps: float | Array) -> Array:
     """The perturbations nearest to `delta` in the l1 ball that keep images in [0,1]."""
     axes = (1, 2, 3)
     size, room = jnp.abs(delta), jnp.where(delta > 0, 1.0 - images, images)

@@ -1,7 +1,7 @@
 """Square attack: random search that needs no gradient.
 
-Reference: Andriushchenko et al. 2020, "Square Attack: a query-efficient black-box adversarial attack
-via random search" (arXiv:1912.00049), algorithms 1 and 2.
+Reference: Andriushchenko et al. 2020, "Square Attack: a query-efficient black-box adversarial
+attack via random search" (arXiv:1912.00049), algorithms 1 and 2.
 """
 
 from __future__ import annotations

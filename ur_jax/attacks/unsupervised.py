@@ -122,8 +122,8 @@ def u_pgd(
         )
     if (bank is not None) != getattr(OBJECTIVES[config.objective](), "needs_bank", False):
         raise UserError(
-            f"Expected {'no ' * (bank is not None)}bank of clean representations with the objective "
-            f"{config.objective!r}."
+            f"Expected {'no ' * (bank is not None)}bank of clean representations with the "
+            f"objective {config.objective!r}."
         )
     if bank is not None:
         check_finite_array("bank", bank, (len(bank), encoder.dimension))

@@ -7,16 +7,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ur_jax.attacks import AttackResult
+from ur_jax.attacks import AttackConfig, AttackResult
 from ur_jax.metrics.checks import in_range
 from ur_jax.runs import Run
 
 _MUCH = 0.01  # of an attack's steps, without a gradient
 
 
-def columns(result: AttackResult, num_steps: int) -> dict[str, Any]:
+def columns(result: AttackResult, attack: AttackConfig) -> dict[str, Any]:
     """What an attack could not go by, per image, and whether its representation was lost."""
     lost = ~in_range(result.representations)
+    num_steps = attack.num_steps * attack.num_restarts
     zero = result.health.zero_gradients.astype(jnp.float32) / num_steps
     return {"zero_gradients": zero, "bad_gradients": result.health.bad_gradients, "lost": lost}
 

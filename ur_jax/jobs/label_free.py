@@ -160,9 +160,7 @@ class LabelFree(Job):
             {
                 "distances": protocol.num_clean or total,
                 "attacks": len(protocol.eps) * attacked * (2 * steps + 1),
-                "overlap": 2
-                * min(attacked, total // 2)
-                * (cost * protocol.overlap_steps + 1),
+                "overlap": 2 * min(attacked, total // 2) * (cost * protocol.overlap_steps + 1),
                 "breakaway": attacked * (cost * protocol.breakaway_steps + 1),
             }[stage]
             for stage in self.stages
@@ -323,7 +321,7 @@ class LabelFree(Job):
         history = {name: getattr(result.history, name) for name in tables.HISTORY}
         if RULES[attack.rule]().keeps_best:
             history |= dict(zip(tables.BEST, result.history.best))
-        history |= attack_health.columns(result, attack.num_steps)
+        history |= attack_health.columns(result, attack)
         return history | ({} if target is None else {"target": target.indices})
 
     def _overlap(self, session: Session) -> None:
@@ -339,7 +337,7 @@ class LabelFree(Job):
             there = self._u_pgd(mesh, first, _OVERLAP, attack, y)
             back = self._u_pgd(mesh, second, _OVERLAP, attack, x)
             x_to_y, y_to_x = there.representations, back.representations
-            health = attack_health.columns(there, attack.num_steps)
+            health = attack_health.columns(there, attack)
             margins = {
                 f"margin_{d}": metrics.adversarial_margin(x, y, x_to_y, y_to_x, divergence=d)
                 for d in DIVERGENCES
@@ -370,7 +368,7 @@ class LabelFree(Job):
                 shown = {"images": batch.images, "attacked_images": np.asarray(result.images)}
                 shown["index"] = batch.indices
                 session.run.write_part("gallery", 0, {k: v[rows] for k, v in shown.items()})
-            health = attack_health.columns(result, attack.num_steps)
+            health = attack_health.columns(result, attack)
             return {"attacked": result.representations, "clean": clean, **health}
 
         self._stage(session, "breakaway", "breakaway attack", compute, indices)

@@ -98,8 +98,7 @@ def attack_rows(
             if mode == "untargeted":
                 values["universal_quantile"] = shares
                 values["normalised_distance"] = {
-                    d: metrics.normalised_distance(distributions[d], far[d])
-                    for d in DIVERGENCES
+                    d: metrics.normalised_distance(distributions[d], far[d]) for d in DIVERGENCES
                 }
             else:
                 del values["cosine_similarity"]  # robust is high against the clean image only
@@ -123,7 +122,7 @@ def _relative(distances: np.ndarray) -> np.ndarray:
 
 
 def _read(part: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """What is read of an attack (N,T): of the best point until each step, if that is what counts."""
+    """What is read of an attack (N,T): of the best point until each step, if that is kept."""
     return part[f"best_{name}" if f"best_{name}" in part else name]
 
 
