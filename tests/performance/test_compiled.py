@@ -44,7 +44,7 @@ def images():
     return jax.random.uniform(jax.random.key(1), (BATCH, *SIZE, 3))
 
 
-def attack_arguments(encoder, images):
+def attack_arguments(encoder, images, rule="fixed"):
     """Arguments of the attack's program; the last one is static."""
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(images)))
     return (
@@ -53,7 +53,7 @@ def attack_arguments(encoder, images):
         keys,
         None,
         None,
-        *attacks.config.split(attacks.AttackConfig(num_steps=2)),
+        *attacks.config.split(attacks.AttackConfig(num_steps=2, rule=rule)),
     )
 
 
@@ -79,6 +79,15 @@ def test_a_step_costs_at_most_2_05_forward_passes(resnet50):
     # The loop's body counts once, beside one pass before and one after it.
     step = attack.lower().cost_analysis()["flops"] - 2 * forward
     assert 1.9 * forward < step <= 2.05 * forward
+
+
+@pytest.mark.parametrize("rule", ["apgd", "momentum"])
+def test_nor_does_one_of_another_rule_that_keeps_its_best(resnet50, rule):
+    encoder, image, fixed = resnet50
+    forward = jax.jit(_encode).lower(encoder, image).cost_analysis()["flops"]
+    attack = attacks.unsupervised._u_pgd.trace(*attack_arguments(encoder, image, rule)).lower()
+    assert attack.cost_analysis()["flops"] - 2 * forward <= 2.05 * forward
+    assert not re.search(HOST_CALLS, attack.as_text())
 
 
 def equations(jaxpr, scope=()):
