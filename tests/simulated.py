@@ -124,7 +124,8 @@ class _Encoder:
                         rows.append(row)
         joined = {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
         runs.write_table(self.folder / stage / "attacks.parquet", joined)
-        self.summary(stage, rows, "evaluate", stages=["attacks"])
+        protocol = {"eps": [eps], "read_at": [step for step in READ_AT if step < num_steps]}
+        self.summary(stage, rows, "evaluate", stages=["attacks"], protocol=protocol)
 
     def overlap(self, scale, num_images) -> None:
         margin = self.rng.normal(0.8 - self.weakness, 0.2, num_images)
@@ -196,7 +197,7 @@ class _Encoder:
     def summary(self, stage: str, rows: list[Row], job: str, **settings) -> None:
         """Writes the summary and the plan's record of a stage."""
         identity = {"encoder": self.folder.name, "weights_sha256": "0" * 64, **settings}
-        made = Summary(job, f"{job}: {self.folder.name}, made up", identity, tuple(rows))
+        made = Summary(job, f"{job}: {self.folder.name} on nothing, made up", identity, tuple(rows))
         (self.folder / stage).mkdir(parents=True, exist_ok=True)
         made.write(self.folder / stage)
         record = {"fingerprint": "0" * 16, "finished": True, "sessions": 1, "seconds": 12.5}

@@ -57,3 +57,23 @@ class Curve:
     low: np.ndarray | None = None
     high: np.ndarray | None = None
     kind: str = "line"
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """What a reported number sums up: one value per image (or pair) that it is over.
+
+    Attributes:
+      metric, divergence, eps, step, radius, images: of the number's `runs.Row`.
+      index: (N,) index of each image, or (N,2) of each pair; encoders are compared where it agrees.
+      value: (N,) the values; NaN where an image has none.
+    """
+
+    metric: str
+    index: np.ndarray
+    value: np.ndarray
+    divergence: str | None = None
+    eps: float | None = None
+    step: int | None = None
+    radius: float | None = None
+    images: str | None = None

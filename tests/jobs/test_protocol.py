@@ -27,8 +27,9 @@ from ur_jax.jobs.label_free import EvaluationConfig, LabelFree
 from ur_jax.jobs.probe import Probe
 from ur_jax.jobs.progress import quiet
 from ur_jax.jobs.train import Train
+from ur_jax.metrics import METRICS
 from ur_jax.probes.linear import ProbeConfig
-from ur_jax.runs import files, folder
+from ur_jax.runs import Summary, files, folder
 from ur_jax.training import MocoV2Config
 
 TRAINING = ProbeConfig(num_epochs=2, learning_rate=0.1, batch_size=8, batch_norm=True)
@@ -206,6 +207,20 @@ def test_divided_over_hosts_and_another_number_goes_on(name, at, whole, tmp_path
         job.compute(Session(run, host=host, num_hosts=num_hosts))
     job.merge(Session(run)).write(tmp_path)
     assert results(tmp_path) == results(whole[name])
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("knn", "train")])
+def test_values_of_images_are_what_the_numbers_sum_up(name, whole):
+    summary = Summary.read(whole[name] / "summary.json")
+    rows = {(row.metric, *row.setting): row for row in summary.rows}
+    found = list(JOBS[name].values(whole[name], summary, {}))
+    assert found
+    for values in found:
+        row = rows[values.metric, *(getattr(values, field) for field in runs.SETTINGS)]
+        defined = values.value[~np.isnan(values.value)]
+        summed = np.median if METRICS[values.metric].statistic == "median" else np.mean
+        assert len(values.index) == len(values.value) == row.n + row.n_excluded
+        assert summed(defined) == pytest.approx(row.value, rel=1e-6)
 
 
 def test_images_may_be_live(at):

@@ -58,7 +58,12 @@ def test_the_report_is_one_file(workdir, tmp_path, capsys):
     assert all(link.startswith(("#", "data:")) for link in parsed.links)
     assert not re.search(r"url\((?!['\"]?[#d])|@import|fetch\(|XMLHttp", text)
     # The strong one is best by the universal quantile; every figure is there, on any ground.
-    assert re.search(r"<td>strong</td><td class=\"best\"", text)
+    table = text[text.index('id="labels-free"') :]  # columns: middle, strong, weak
+    row = re.search(r"<td[^>]*>universal quantile<small>eps 0.05(.*?)</tr>", table, re.S)
+    assert row and re.findall(r"<td class=\"(best)\"|<td", row[1]) == ["", "best", ""]
+    assert "strong &gt; " in text and "Two by two (3 pairs)" in text
+    assert re.search(r"strong is better on \d\d of 40 images", text)
+    assert METRICS["universal_quantile"].definition in text and "section 4" in text
     names = ["certified-accuracy", "certified-divergence"]
     names += ["distance-eps-0.05", "distance-eps-0.1", "margin-ratio"]
     assert sorted(path.stem for path in (workdir / "figures").glob("*.png")) == names
@@ -148,8 +153,8 @@ def test_what_was_left_out_is_said(tmp_path):
 def _shown(row):
     """The page with a table of one encoder, and another that has no number."""
     column = METRICS["universal_quantile"].columns[0]
-    compared = Compared(column, "What it is.", "", "low", {"a": row})
-    section = page.Section("s", "S", [page.comparison_table(["a", "b"], [compared])])
+    compared = Compared("s", "universal_quantile", column, "", "low", {"a": row})
+    section = page.Section("s", "S", [page.comparison_table(["a", "b"], [compared], [None])])
     return page.render(page.Page("title", "heading", "summary", [section]))
 
 
@@ -157,7 +162,7 @@ def test_numbers_near_zero_keep_their_digits():
     row = Row("universal_quantile", 0.00042, 0.0, 1.0, 3)
     text = _shown(row)
     assert "0.00042<small>0.000 to 1.000" in text and "missing" in text
-    assert 'title="What it is."' in text
+    assert f'title="{METRICS["universal_quantile"].definition}"' in text
     text = _shown(Row("universal_quantile", float("inf"), float("nan"), float("nan"), 3))
     assert "no finite value" in text
     text = _shown(Row("universal_quantile", 0.5, 0.4, 0.6, 3, n_excluded=2, excluded="it moved"))

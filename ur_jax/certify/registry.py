@@ -19,7 +19,7 @@ from ur_jax.errors import UserError
 from ur_jax.metrics import DistanceDistribution
 from ur_jax.registry import Registry
 from ur_jax.runs import Row
-from ur_jax.types import Curve
+from ur_jax.types import Curve, Values
 
 Columns = Mapping[str, np.ndarray]
 """The certificates of many images, a column for each field: "index", "name" and "label" (negative
@@ -49,6 +49,11 @@ def _no_curves(columns: Columns) -> Iterator[Curve]:
     yield from ()
 
 
+def _no_values(columns: Columns) -> Iterator[Values]:
+    """None."""
+    yield from ()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class CertificateKind:
     """One way of certifying, as `CERTIFICATES` has it.
@@ -64,6 +69,7 @@ class CertificateKind:
       relative: (columns, the distribution F of clean distances in `settings.divergence`) -> further
         columns, such as F of a certified distance; without it F is not computed.
       curves: columns, also the further ones -> what the report draws.
+      values: columns, also the further ones -> the values per image that encoders are compared by.
       presets: {name of a preset: settings}; the first is the default, also where a preset has none.
     """
 
@@ -74,6 +80,7 @@ class CertificateKind:
     rows: Callable[[Columns, Any], Iterable[Row]]
     relative: Callable[[Columns, DistanceDistribution], Columns] | None = None
     curves: Callable[[Columns], Iterable[Curve]] = _no_curves
+    values: Callable[[Columns], Iterable[Values]] = _no_values
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def preset(self, name: str = "") -> Any:

@@ -39,7 +39,7 @@ from ur_jax.registry import Registry
 from ur_jax.runs import Run, lock
 from ur_jax.runs.summary import Summary
 from ur_jax.typed import check_types
-from ur_jax.types import Curve
+from ur_jax.types import Curve, Values
 
 J = TypeVar("J", bound="Job")
 J = TypeVar("J", bound="Job")
@@ -225,6 +225,16 @@ class Job(abc.ABC):
           folder: the run's.
           summary: of the run.
           siblings: of the encoder's other jobs, {stage: summary}.
+        """
+        yield from ()
+
+    @classmethod
+    def values(
+        cls, folder: Path, summary: Summary, siblings: Mapping[str, Summary]
+    ) -> Iterator[Values]:
+        """What the numbers of a finished run sum up, image by image, where its tables have it.
+
+        Args: as of `curves`.
         """
         yield from ()
 

@@ -49,7 +49,7 @@ from ur_jax.probes.checkpoint import identified, load_probe
 from ur_jax.probes.classifier import Classifier, nearest_image_classifier
 from ur_jax.runs import Run
 from ur_jax.runs.summary import Summary
-from ur_jax.types import Curve
+from ur_jax.types import Curve, Values
 
 BANK_BATCH = 64
 """Images per batch of a shared bank, over all devices."""
@@ -242,6 +242,14 @@ class Certify(Job):
         kind = CERTIFICATES.get(summary.identity.get("method", ""))
         if kind is not None:
             yield from kind.curves(runs.read_table(folder / "certificates.parquet"))
+
+    @classmethod
+    def values(
+        cls, folder: Path, summary: Summary, siblings: Mapping[str, Summary]
+    ) -> Iterator[Values]:
+        kind = CERTIFICATES.get(summary.identity.get("method", ""))
+        if kind is not None:
+            yield from kind.values(runs.read_table(folder / "certificates.parquet"))
 
     @classmethod
     def remarks(cls, summary: Summary) -> Iterator[str]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -43,7 +44,7 @@ from ur_jax.probes.checkpoint import identified, load_probe
 from ur_jax.probes.classifier import Classifier
 from ur_jax.runs.summary import Row, Summary
 from ur_jax.stats.intervals import Estimate, proportion_interval
-from ur_jax.types import Array
+from ur_jax.types import Array, Values
 
 _NUM_SHOWN = 4  # images in the grid, of each direction
 
@@ -182,6 +183,22 @@ class Impersonate(Job):
         plots.plot_impersonation(
             out, images, targets, attacked, shown["success"], self.attack.read_at
         )
+
+    @classmethod
+    def values(
+        cls, folder: Path, summary: Summary, siblings: Mapping[str, Summary]
+    ) -> Iterator[Values]:
+        table = runs.read_table(folder / "impersonations.parquet")
+        eps = summary.identity["attack"]["eps"]
+        for step in np.unique(table["step"]):
+            at = table["step"] == step
+            hit = table["success"][at].astype(np.float64)
+            for direction in (*np.unique(table["direction"]), "both"):
+                own = (table["direction"][at] == direction) | (direction == "both")
+                yield Values(
+                    "impersonation_success", table["index"][at][own], hit[own],
+                    eps=eps, step=int(step), images=str(direction),
+                )  # fmt: skip
 
     @classmethod
     def remarks(cls, summary: Summary) -> Iterator[str]:

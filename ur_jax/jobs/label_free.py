@@ -34,11 +34,12 @@ from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.jobs import attack_health, parts
 from ur_jax.jobs import label_free_tables as tables
+from ur_jax.jobs import label_free_values as per_image
 from ur_jax.jobs.base import Curve, Job, Session, register
 from ur_jax.jobs.label_free_tables import DIVERGENCES
 from ur_jax.runs.summary import Summary
 from ur_jax.typed import check_types
-from ur_jax.types import Array
+from ur_jax.types import Array, Values
 
 STAGES = ("distances", "attacks", "overlap", "breakaway")
 """What can be evaluated on its own; all but overlap need the clean representations of the bank."""
@@ -270,6 +271,19 @@ class LabelFree(Job):
             yield from tables.attack_curves(folder, scale)
         if "overlap" in stages and scale is not None:
             yield tables.margin_curve(folder, scale)
+
+    @classmethod
+    def values(
+        cls, folder: Path, summary: Summary, siblings: Mapping[str, Summary]
+    ) -> Iterator[Values]:
+        stages, protocol = summary.identity["stages"], summary.identity["protocol"]
+        if "attacks" in stages:
+            scale = tables.median_clean_distance((summary, *siblings.values()))
+            yield from per_image.attack_values(folder, protocol, scale)
+        if "breakaway" in stages:
+            yield from per_image.breakaway_values(folder, protocol)
+        if "overlap" in stages:
+            yield from per_image.overlap_values(folder, protocol)
 
     @property
     def _needs_bank(self) -> bool:

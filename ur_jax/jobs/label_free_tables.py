@@ -36,14 +36,14 @@ DISTRIBUTION = 6
 
 _NO_VALUE = "two copies of an image, with no ratio to their distance of 0"
 _LEVELS = np.arange(1, 1000) / 1000
-_WORST = {
+WORST = {
     "cosine_similarity": -1.0,
     "universal_quantile": 1.0,
     "normalised_distance": math.inf,
     "universal_quantile_targeted": 0.0,
     "relative_quantile": 0.0,
 }
-"""Of an attacked image whose representation is NaN or infinite."""
+"""The value of an attacked image whose representation is NaN or infinite."""
 _NUM_NEIGHBOURS = 5
 
 Bank = Mapping[str, np.ndarray]
@@ -106,7 +106,7 @@ def attack_rows(
                 values["relative_quantile"] = {d: _relative(far[d]) for d in DIVERGENCES}
             for name, by_divergence in values.items():
                 for d, value in by_divergence.items():
-                    worst = np.where(_lost(part), _WORST[name], np.asarray(value))
+                    worst = np.where(_lost(part), WORST[name], np.asarray(value))
                     for step in config.read_at:
                         at_step = worst[:, step]
                         yield _summarised(name, at_step, divergence=d, eps=eps, step=step)
@@ -213,7 +213,7 @@ def attack_curves(folder: Path, scale: float | None) -> Iterator[Curve]:
             # Rows are written image after image, each from step 0 on.
             num_steps = int(table["step"][chosen].max()) + 1
             distances = _read(table, "dist_l2")[chosen].reshape(-1, num_steps).astype(np.float64)
-            worst = _WORST["relative_quantile"] if mode == "targeted" else math.inf
+            worst = WORST["relative_quantile"] if mode == "targeted" else math.inf
             if mode == "targeted":
                 distances = distances[distances[:, 0] != 0]  # two copies of an image have none
                 relative = distances / distances[:, :1]

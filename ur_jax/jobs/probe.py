@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ from ur_jax.probes.classifier import Classifier
 from ur_jax.probes.linear import ProbeConfig
 from ur_jax.runs.summary import Row, Summary
 from ur_jax.stats.intervals import proportion_interval
+from ur_jax.types import Values
 
 TOP = (1, 5)
 """The k of the top-k accuracies that are reported."""
@@ -159,6 +161,17 @@ class Probe(Job):
         hashes = [summary.identity[field] for field in cls.image_fields]
         if hashes[0] == hashes[1]:
             yield "The test images are the training images: this is no accuracy on new images."
+
+    @classmethod
+    def values(
+        cls, folder: Path, summary: Summary, siblings: Mapping[str, Summary]
+    ) -> Iterator[Values]:
+        table = runs.read_table(folder / "predictions.parquet")
+        for kind in np.unique(table["images"]):
+            chosen = table["images"] == kind
+            for k in TOP:
+                hit = (table["rank"][chosen] < k).astype(np.float64)
+                yield Values(f"top_{k}_accuracy", table["index"][chosen], hit, images=str(kind))
 
     @property
     def _tested(self) -> tuple[str, ...]:

@@ -11,8 +11,10 @@ that cannot be read is named, everything else is reported, and the exit status i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,8 +24,10 @@ from PIL import UnidentifiedImageError
 from ur_jax import runs
 from ur_jax.errors import DamagedError
 from ur_jax.jobs.progress import console
-from ur_jax.report import collect, compare, figures, page
+from ur_jax.report import collect, compare, figures, page, paired
+from ur_jax.report.compare import Compared
 from ur_jax.report.page import Block, Section
+from ur_jax.report.paired import Comparison
 from ur_jax.runs import plan
 from ur_jax.runs.summary import exclusions
 
@@ -124,14 +128,19 @@ def make_page(material: Material) -> page.Page:
     found = material.found
     heading = "How easily do representations move?"
     summary = (
-        f"{len(material.encoders)} encoders, {len(found.summaries)} finished stages, "
-        f"{len(found.numbers)} numbers. Every attack is measured in pixel units of [0,1]; every "
-        "interval is at 95 %, over images. All numbers are in RESULTS.csv."
+        f"{_measured(material)} {len(found.summaries)} finished stages, {len(found.numbers)} "
+        "numbers. Attacks are in pixel units of [0,1]; every interval is at 95 %, over images. All "
+        "numbers are in RESULTS.csv."
     )
     drawn, shown = list(_curves(material)), list(_pictures(material))  # both may find problems
+    by_labels = [compare.columns(found.numbers, labels=labels) for labels in (False, True)]
+    columns = [column for each in by_labels for column in each]
+    compared = paired.compare(material.workdir, found, columns)
     sections = (
-        Section("labels-free", "Without labels", list(_table(material, labels=False))),
-        Section("labels", "With labels", list(_table(material, labels=True))),
+        Section("verdict", "Which is more robust?", list(_verdict(material, columns, compared))),
+        Section("labels-free", "Without labels", list(_table(material, by_labels[0], compared))),
+        Section("labels", "With labels", list(_table(material, by_labels[1], compared))),
+        Section("measures", "What the measures are", list(_glossary(columns))),
         Section("curves", "Curves", drawn),
         Section("pictures", "Pictures", shown),
         Section("correlation", "Do they agree?", list(_correlation(found))),
@@ -143,21 +152,86 @@ def make_page(material: Material) -> page.Page:
     return page.Page(title, heading, summary, sections)
 
 
+def _measured(material: Material) -> str:
+    """Which encoders, on which images, by which preset, in how long: a sentence."""
+    titles = [summary.title for summary in material.found.summaries.values()]
+    images = dict.fromkeys(title.rpartition(" on ")[2] for title in titles)
+    commands = (str(planned["command"]) for planned in material.planned.values())
+    presets = dict.fromkeys(each for text in commands for each in _PRESET.findall(text))
+    seconds = sum(float(record.get("seconds") or 0) for record in material.records.values())
+    text = f"{', '.join(material.encoders) or 'No encoder'}"
+    text += f" on {' and '.join(images)}" if images else ""
+    text += f", preset {' and '.join(presets)}" if presets else ""
+    return f"{text}, in {max(1, round(seconds / 60))} min." if seconds else f"{text}."
+
+
+_PRESET = re.compile(r"--preset[ =](\S+)")
+
 _NOTHING = page.Paragraph("Nothing is finished yet.", "soft")
 """What stands where there is nothing yet."""
 
 
-def _table(material: Material, *, labels: bool) -> Iterator[Block]:
-    """The comparison of the encoders, with or without labels."""
-    if not labels:
-        yield page.Paragraph(
-            "A value is marked as best where its whole interval lies beyond every other encoder's; "
-            "where none is marked, the intervals do not tell which is best. Click a heading to "
-            "sort. Distances are l2; the other divergences are under “All numbers”.",
-            "soft",
-        )
-    columns = compare.columns(material.found.numbers, labels=labels)
-    yield page.comparison_table(material.encoders, columns) if columns else _NOTHING
+def _verdict(
+    material: Material, columns: Sequence[Compared], compared: Comparison
+) -> Iterator[Block]:
+    """What the comparison image by image says, first of two encoders each, then of all."""
+    if len(material.encoders) < 2:
+        yield page.Paragraph("One encoder: there is nothing to compare it with.", "soft")
+        return
+    if not compared.verdicts:
+        yield page.Paragraph("No two encoders were measured on the same images yet.", "soft")
+        return
+    yield page.Paragraph(
+        "All encoders are attacked on the same images, so they are compared image by image. "
+        "Decided is what has a p-value below 5 % adjusted for every comparison here (Holm); "
+        "medians by the sign test, shares by McNemar's, means by Gaffke's bounds.",
+        "soft",
+    )
+    pairs = list(itertools.combinations(material.encoders, 2))
+    folds = [_pair(compared, *pair, is_open=len(pairs) == 1) for pair in pairs]
+    if len(pairs) == 1:
+        yield from folds
+        return
+    yield page.Paragraph(
+        "From the most robust one down: “a > b” is decided between the two, “a, b” is not.", "soft"
+    )
+    rankings = [(each, compared.ranking(each)) for each in columns if each.robust]
+    yield page.ranking_table(rankings)
+    yield page.Fold(f"Two by two ({len(pairs)} pairs)", folds)
+
+
+def _pair(compared: Comparison, first: str, second: str, *, is_open: bool) -> Block:
+    """What is decided between two encoders, by how many measures, and then by which."""
+    found = compared.of(first, second)
+    wins = {name: sum(v.winner == name for v in found) for name in (first, second)}
+    title = f"{first} and {second}: " + "; ".join(
+        f"{name} is more robust by {count} of {len(found)} measures"
+        for name, count in sorted(wins.items(), key=lambda item: -item[1]) if count
+    )  # fmt: skip
+    title = title if any(wins.values()) else f"{first} and {second}: nothing is decided"
+    return page.Fold(title, [page.verdict_table(found)], is_open)
+
+
+def _table(
+    material: Material, columns: Sequence[Compared], compared: Comparison
+) -> Iterator[Block]:
+    """The numbers of the encoders, with or without labels."""
+    if not columns:
+        yield _NOTHING
+        return
+    yield page.Paragraph(
+        "Value, and its 95 % interval over images. Marked is an encoder that is decided to be "
+        "better than every other one. Distances are l2; the other divergences are under “All "
+        "numbers”.",
+        "soft",
+    )
+    winners = [compared.best(column) for column in columns]
+    yield page.comparison_table(material.encoders, columns, winners)
+
+
+def _glossary(columns: Sequence[Compared]) -> Iterator[Block]:
+    """What each measure of the tables is."""
+    yield page.glossary(columns) if columns else _NOTHING
 
 
 def _curves(material: Material) -> Iterator[Block]:

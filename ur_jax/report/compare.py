@@ -21,15 +21,17 @@ class Compared(NamedTuple):
     """A column of a table.
 
     Attributes:
+      stage: which stage of each encoder reports it.
+      metric: its name in `metrics.METRICS`.
       column: what it shows.
-      definition: of its metric, a sentence.
       setting: what it was measured under, for the heading.
       robust: "low", "high" or "".
       cells: {encoder: the number}.
     """
 
+    stage: str
+    metric: str
     column: Column
-    definition: str
     setting: str
     robust: str
     cells: Mapping[str, Row]
@@ -60,7 +62,8 @@ def columns(numbers: Sequence[Number], *, labels: bool) -> list[Compared]:
                 last = max(number.row.step or 0 for number in group)
                 cells = {n.encoder: n.row for n in group if (n.row.step or 0) == last}
                 setting = _setting(group[0].row, last)
-                found.append(Compared(column, metric.definition, setting, metric.robust, cells))
+                stage = group[0].stage
+                found.append(Compared(stage, name, column, setting, metric.robust, cells))
     return found
 
 

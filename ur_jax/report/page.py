@@ -17,7 +17,9 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from ur_jax.errors import require
-from ur_jax.report.compare import Compared, Correlation, best
+from ur_jax.metrics import METRICS
+from ur_jax.report.compare import Compared, Correlation
+from ur_jax.report.paired import Verdict
 from ur_jax.runs import Row
 
 _ARROWS = {"high": "higher is robust", "low": "lower is robust"}
@@ -179,24 +181,59 @@ def render(page: Page) -> str:
     return environment.get_template("page.html").render(page=page)
 
 
-def comparison_table(encoders: Sequence[str], columns: Sequence[Compared]) -> Table:
-    """A row per encoder, a column per metric; the best is marked where the intervals bear it out.
+def comparison_table(
+    encoders: Sequence[str], columns: Sequence[Compared], winners: Sequence[str | None]
+) -> Table:
+    """A row per measure, a column per encoder.
 
     Args:
       encoders: all of them.
       columns: from `compare.columns`.
+      winners: for each of them the encoder to mark as best, if there is one.
     """
-    heads, marked = [Cell("encoder")], []
-    for column in columns:
-        heads.append(_heading(column))
-        names = list(column.cells)
-        place = best([column.cells[name] for name in names], column.robust)
-        marked.append(None if place is None else names[place])
     rows = [
-        [Cell(name), *(_cell(c.cells.get(name), name == best) for c, best in zip(columns, marked))]
-        for name in encoders
+        [_heading(column), *(_cell(column.cells.get(name), name == best) for name in encoders)]
+        for column, best in zip(columns, winners, strict=True)
     ]
+    return Table([Cell("measure"), *map(Cell, encoders)], rows)
+
+
+def verdict_table(verdicts: Iterable[Verdict]) -> Table:
+    """Two encoders, a row per measure: what is decided, and the difference that was found."""
+    rows = []
+    for verdict in verdicts:
+        value, low, high, n = verdict.result.difference
+        ends = f"{_digits(low)} to {_digits(high)}" if math.isfinite(low + high) else ""
+        rows.append(
+            [
+                _heading(verdict.column),
+                Cell(verdict.sentence, kind="text" if verdict.winner else "text none"),
+                Cell(_digits(value), (ends,), title=f"{verdict.first} - {verdict.second}, n = {n}"),
+                Cell(f"{verdict.p_value:.1g}"),
+            ]
+        )
+    text = lambda name: Cell(name, kind="text")
+    heads = (Cell("measure"), text("verdict"), Cell("difference"), Cell("p, adjusted"))
     return Table(heads, rows)
+
+
+def ranking_table(rankings: Iterable[tuple[Compared, str]]) -> Table:
+    """A row per measure: the encoders in their order."""
+    rows = [[_heading(column), Cell(text, kind="text")] for column, text in rankings]
+    return Table((Cell("measure"), Cell("order", kind="text")), rows)
+
+
+def glossary(columns: Iterable[Compared]) -> Table:
+    """What each measure is, where robust lies, and where it is defined; a row each."""
+    rows: dict[str, list[Cell]] = {}
+    for column in columns:
+        metric, arrows = METRICS[column.metric], _arrows(column)
+        texts = (metric.definition, arrows.get(column.robust, ""), metric.paper)
+        rows[column.column.title] = [
+            Cell(column.column.title), *(Cell(text, kind="text") for text in texts)
+        ]  # fmt: skip
+    heads = (Cell("measure"), *(Cell(each, kind="text") for each in ("what", "robust", "source")))
+    return Table(heads, list(rows.values()))
 
 
 def correlation_table(
@@ -262,12 +299,18 @@ def picture(path: Path, alternative: str) -> Picture:
 
 
 def _heading(column: Compared) -> Cell:
-    """Heading of a column: what it shows, under which settings, where robust is, of how many."""
-    arrows = _LABELLED_ARROWS if column.column.labels else _ARROWS
+    """Heading of a measure: what it shows, under which settings, where robust is, of how many."""
+    arrows = _arrows(column)
     ns = {row.n for row in column.cells.values()}
     count = f"n = {ns.pop()}" if len(ns) == 1 else f"n = {min(ns)} to {max(ns)}"
-    lines = (column.setting, arrows.get(column.robust, ""), count)
-    return Cell(column.column.title, lines, title=column.definition)
+    facts = (column.setting, arrows.get(column.robust, ""), count)
+    line = " · ".join(fact for fact in facts if fact)
+    return Cell(column.column.title, (line,), title=METRICS[column.metric].definition)
+
+
+def _arrows(column: Compared) -> dict[str, str]:
+    """Which direction is good, in words."""
+    return _LABELLED_ARROWS if column.column.labels else _ARROWS
 
 
 def _cell(row: Row | None, is_best: bool) -> Cell:

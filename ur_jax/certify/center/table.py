@@ -15,7 +15,7 @@ from ur_jax.certify.registry import CERTIFICATES, CertificateKind, Columns
 from ur_jax.runs import Row
 from ur_jax.stats import intervals
 from ur_jax.stats.intervals import Estimate
-from ur_jax.types import Curve
+from ur_jax.types import Curve, Values
 
 _CAPTION = (
     "Share of images whose certified divergence is at most x; what is missing to 1 has no "
@@ -56,6 +56,12 @@ def curves(columns: Columns) -> Iterator[Curve]:
         )  # fmt: skip
 
 
+def values(columns: Columns) -> Iterator[Values]:
+    """Certified divergence in each unit; infinite without a certificate."""
+    for name in ("eps_out", "quantile", "normalised"):
+        yield Values(f"median_{name}", columns["index"], columns[name].astype(np.float64))
+
+
 def _median_with_infinity(values: np.ndarray) -> Estimate:
     """Median with its interval, where an abstention is the largest value of all."""
     largest = np.finfo(np.float64).max
@@ -74,6 +80,7 @@ KIND = CERTIFICATES.register(
         rows=rows,
         relative=relative,
         curves=curves,
+        values=values,
         presets={
             "adaptive": CenterConfig(bound="union"),
             "quick": CenterConfig(bound="union", n0=1000, n=10_000),

@@ -13,7 +13,7 @@ from ur_jax.certify.registry import CERTIFICATES, CertificateKind, Columns
 from ur_jax.runs import Row
 from ur_jax.stats import intervals
 from ur_jax.stats.intervals import Estimate
-from ur_jax.types import Curve
+from ur_jax.types import Curve, Values
 
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
 """Radii of the certified accuracy that is reported: the paper's, and 0.5."""
@@ -54,6 +54,16 @@ def curves(columns: Columns) -> Iterator[Curve]:
     yield Curve(name, what, "l2 radius (pixel units)", what, caption, x, share, kind="step")
 
 
+def values(columns: Columns) -> Iterator[Values]:
+    """Whether each image is certified at a radius; with labels, and classified right."""
+    index, label, radius = columns["index"], columns["label"], columns["radius"]
+    counted, name = ~columns["abstained"], "certified"
+    if (label >= 0).all():
+        counted, name = counted & (columns["predicted"] == label), "certified_accuracy"
+    for r in RADII:
+        yield Values(name, index, (counted & (radius >= r)).astype(np.float64), radius=r)
+
+
 def _share(hits: np.ndarray) -> Estimate:
     """Share of images with a property."""
     return intervals.proportion_interval(int(hits.sum()), len(hits))
@@ -79,6 +89,7 @@ KIND = CERTIFICATES.register(
         num_samples=lambda config: config.n0 + config.n,
         rows=rows,
         curves=curves,
+        values=values,
         presets={
             "adaptive": RandomizedConfig(bound="union"),
             "quick": RandomizedConfig(bound="union", n=10_000),
