@@ -86,9 +86,9 @@ def attack_rows(
         for mode in ("untargeted", "targeted"):
             part = run.read_parts(f"{mode}_{eps:g}")
             values: dict[str, dict[Any, Any]] = {
-                "cosine_similarity": {None: _read(part, "cosine_similarity")}
+                "cosine_similarity": {None: best_until(part, "cosine_similarity")}
             }
-            far = {d: _read(part, f"dist_{d}") for d in DIVERGENCES}
+            far = {d: best_until(part, f"dist_{d}") for d in DIVERGENCES}
             shares = {
                 d: metrics.universal_quantile(
                     distributions[d], far[d], nearest_level=config.nearest_level
@@ -121,14 +121,14 @@ def _relative(distances: np.ndarray) -> np.ndarray:
     return np.where(start == 0.0, np.nan, metrics.relative_quantile(distances, start))
 
 
-def _read(part: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def best_until(part: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """What is read of an attack (N,T): of the best point until each step, if that is kept."""
     return part[f"best_{name}" if f"best_{name}" in part else name]
 
 
 def _lost(part: Mapping[str, np.ndarray]) -> np.ndarray:
     """Whether an attacked image was NaN or infinitely far, at each step (N,T)."""
-    return ~np.isfinite(_read(part, "dist_l2"))
+    return ~np.isfinite(best_until(part, "dist_l2"))
 
 
 def breakaway_rows(run: Run, bank: Bank, config: EvaluationConfig, mesh: Mesh) -> Iterator[Row]:
@@ -212,7 +212,9 @@ def attack_curves(folder: Path, scale: float | None) -> Iterator[Curve]:
                 continue
             # Rows are written image after image, each from step 0 on.
             num_steps = int(table["step"][chosen].max()) + 1
-            distances = _read(table, "dist_l2")[chosen].reshape(-1, num_steps).astype(np.float64)
+            distances = (
+                best_until(table, "dist_l2")[chosen].reshape(-1, num_steps).astype(np.float64)
+            )
             worst = WORST["relative_quantile"] if mode == "targeted" else math.inf
             if mode == "targeted":
                 distances = distances[distances[:, 0] != 0]  # two copies of an image have none

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ur_jax import runs
-from ur_jax.jobs.label_free_tables import DIVERGENCES, WORST
+from ur_jax.jobs.label_free_tables import DIVERGENCES, WORST, best_until
 from ur_jax.types import Values
 
 Histories = dict[tuple[str, str | None], np.ndarray]
@@ -33,7 +33,7 @@ def attack_values(
         for mode in ("untargeted", "targeted"):
             chosen = (table["mode"] == mode) & (table["eps"] == eps)
             columns = {k: v[chosen].reshape(-1, num_steps) for k, v in table.items()}
-            lost = ~np.isfinite(columns["dist_l2"])
+            lost = ~np.isfinite(best_until(columns, "dist_l2"))
             for (metric, d), value in _histories(columns, mode, scale).items():
                 worst = np.where(lost, WORST[metric], value)
                 for step in protocol["read_at"]:
@@ -44,11 +44,11 @@ def attack_values(
 def _histories(columns: Mapping[str, np.ndarray], mode: str, scale: float | None) -> Histories:
     """The values of one kind of attack at one eps."""
     shares = {d: columns[f"universal_quantile_{d}"] for d in DIVERGENCES}
-    moved = {d: columns[f"dist_{d}"].astype(np.float64) for d in DIVERGENCES}
+    moved = {d: best_until(columns, f"dist_{d}").astype(np.float64) for d in DIVERGENCES}
     found: Histories
     if mode == "untargeted":
         found = {("universal_quantile", d): shares[d] for d in DIVERGENCES}
-        found[("cosine_similarity", None)] = columns["cosine_similarity"]
+        found[("cosine_similarity", None)] = best_until(columns, "cosine_similarity")
         if scale is not None:
             found[("normalised_distance", "l2")] = moved["l2"] / scale
         return found
