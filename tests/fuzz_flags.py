@@ -30,7 +30,6 @@ NEVER_BAD = {
     ("step", "1" + "0" * 30),  # all samples at once
     ("first", None),  # of a benchmark without a probe
     ("second", None),
-    ("train.representation", None),  # of fare only; the other methods have none
 }
 """(last part of a flag or COMMAND.FLAG, value) of values that are meant; None for all."""
 
@@ -252,8 +251,8 @@ def outcome(case: Case) -> str:
         cli.console.file = out
         try:
             status = cli.run(case.command, case.words)
-        except SystemExit as ended:  # of the parser, which draws a box
-            return "refused" if ended.code == 2 else f"exit {ended.code}"
+        except SystemExit as ended:
+            return f"exit {ended.code}"
         except Computed:
             return "computed"
         except Exception as error:

@@ -14,7 +14,7 @@ import processes
 import pytest
 import tiny_encoder
 
-from ur_jax import cli, endings
+from ur_jax import _begin, cli, endings
 from ur_jax.devices.hosts import OtherHostError
 from ur_jax.errors import Stop, UserError
 from ur_jax.jobs import progress
@@ -216,3 +216,42 @@ def test_a_sample_of_bad_flags_is_refused_in_one_line_each(tmp_path):
         ended = {case: fuzz_flags.outcome(case) for case in fuzz_flags.cases(tmp_path, 60)}
     wrong = {" ".join((case.command, *case.words)): how for case, how in ended.items()}
     assert {words: how for words, how in wrong.items() if how != "refused"} == {}
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (("--eps", "-1"), "Expected eps > 0 and <= 1, in pixel units of [0,1], got -1.0."),
+        (("--num-imagess", "3"), "Unrecognized options: --num-imagess, 3; did you mean --num-im"),
+        (("--num-images", "x"), "--num-images: invalid literal for int() with base 10: 'x'."),
+        (("--dtype", "half" * 40), "Unknown dtype '" + "half" * 40 + "'. Expected one of: bfloat16, float32."),
+        (("--rule", "nope"), "Unknown step rule 'nope'. Expected one of: fixed"),
+        (("--seed",), "Missing value for argument '--seed'."),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line_too(at, tmp_path, capsys, words, line):
+    status, output = ends(processes.evaluate(at, tmp_path / "out", *words), capsys)
+    assert status == 2 and not (tmp_path / "out").exists()
+    (told,) = output.splitlines()
+    assert told.startswith(f"error: {line}"), told
+
+
+def test_an_interrupted_import_is_one_line_and_others_errors_are_not(capsys, monkeypatch):
+    def raised(file, error):
+        try:
+            exec(compile("raise error", file, "exec"), {"error": error})
+        except BaseException as caught:
+            return type(caught), caught, caught.__traceback__
+
+    monkeypatch.setattr(_begin, "_before", lambda *_: print("traceback"))
+    ours = _begin.__file__.replace("_begin", "anything")
+    lost = ImportError("an extension")
+    lost.__context__ = KeyboardInterrupt()
+    for file, error, said in (
+        (ours, KeyboardInterrupt(), "interrupted. Nothing was begun.\n"),
+        (ours, lost, "interrupted. Nothing was begun.\n"),
+        (ours, ImportError("x"), "traceback\n"),
+        ("users.py", KeyboardInterrupt(), "traceback\n"),
+    ):
+        _begin._told(*raised(file, error))
+        assert "".join(capsys.readouterr()) == said

@@ -14,6 +14,7 @@ import pytest
 
 import ur_jax
 from ur_jax import cli
+from ur_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = pathlib.Path(ur_jax.__file__).parent
@@ -73,14 +74,14 @@ def cases():
 
 
 @pytest.mark.parametrize("where, name, flags", sorted(set(cases())))
-def test_commands_parse(where, name, flags, capsys):
+def test_commands_parse(where, name, flags):
     words = shlex.split(flags)
     if not words or "..." in words:
         return  # its name alone
     try:
         cli.parse(cli.find(name), words)
-    except SystemExit:
-        pytest.fail(f"{where}: ur-jax {name} {flags}\n{capsys.readouterr()}")
+    except UserError as error:
+        pytest.fail(f"{where}: ur-jax {name} {flags}\n{error}")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from ur_jax import _begin  # noqa: F401  first: what follows takes seconds
 from ur_jax.attacks import AttackConfig, loss_pgd, u_fgsm, u_pgd
 from ur_jax.encoders import Encoder, from_fn, from_linen, from_nnx
 from ur_jax.encoders.loading import load_encoder, save_encoder, weights_hash

@@ -12,9 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
+import io
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -136,6 +140,8 @@ def _run(name: str, words: Sequence[str], launch: Launch | None, ending: endings
     if name not in _SAVES_FIRST:
         ending.obey_signals()
     list_buckets_anew()
+    for library in ("absl", "asyncio"):  # what they tell is raised too, and then told in one line
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     with contextlib.suppress(RuntimeError):  # JAX is in use already: a notebook, a test
         # One CPU device per core: XLA's convolution gradients otherwise keep to one core.
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
@@ -264,7 +270,7 @@ def parse(command: Command, args: Sequence[str], prog: str | None = None) -> Any
     A path may be of a bucket: what a flag gives for a `Path` is an `etils.epath.Path`.
 
     Raises:
-      UserError: for an unknown preset.
+      UserError: for an unknown preset, or flags that cannot be.
     """
     default: Any = tyro.MISSING
     if command.presets:
@@ -275,10 +281,43 @@ def parse(command: Command, args: Sequence[str], prog: str | None = None) -> Any
             raise unknown_name("preset", preset, command.presets)
         default = command.presets[preset]
     more = {} if default is tyro.MISSING else {"default": default}
-    return tyro.cli(
-        command.flags, args=list(args), prog=prog, description=command.description,
+    read = functools.partial(
+        tyro.cli, command.flags, args=list(args), prog=prog, description=command.description,
         registry=_registry, **more,
     )  # fmt: skip
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return read()
+    except SystemExit as ended:
+        if ended.code != endings.BAD:  # --help
+            raise
+    raise UserError(f"{_in_one_line(_refusal(read))} See {prog or 'its'} --help.")
+
+
+def _refusal(read: Callable[[], Any]) -> str:
+    """The box in which the parser tells what it refuses, none of its lines broken."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.suppress(SystemExit):
+            read()
+    finally:
+        os.environ.pop("COLUMNS")
+        os.environ |= {} if before is None else {"COLUMNS": before}
+    return told.getvalue()
+
+
+def _in_one_line(box: str) -> str:
+    """What is wrong, and near names, of the parser's box of several lines."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
+    rows = [row.strip("│ ") for row in plain if row[:1] not in "╭╰"]
+    blocks = re.split(r"\n[─-]{5,}\n", "\n".join(rows))
+    blocks = blocks if box.lstrip().startswith("╭") else blocks[1:]  # in ASCII, below its title
+    what = " ".join(blocks[0].split()).rstrip(".")
+    what = re.sub(r"^Error parsing (job\S*: )?", "", what)  # of settings, whose words name them
+    near = re.findall(r"^(--\S+)", "".join(b for b in blocks[1:] if "you meant" in b), re.M)
+    hint = f"; did you mean {' or '.join(dict.fromkeys(near[:3]))}?" if near else "."
+    return f"{what}{hint}"
 
 
 @_registry.primitive_rule

@@ -108,7 +108,8 @@ class Ending:
     def _raise_again(self, lost) -> None:
         """Raises an interruption again that came where nothing can be raised: JAX's callbacks."""
         if not issubclass(lost.exc_type, KeyboardInterrupt):
-            self._hook(lost)
+            if str(lost.exc_value) != "Event loop is closed":  # of writers whose disk has failed
+                self._hook(lost)
             return
         number = signal.SIGTERM if issubclass(lost.exc_type, Stop) else signal.SIGINT
         self._repeated += 1

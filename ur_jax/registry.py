@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from ur_jax.errors import NotFoundError, UserError, unknown_name
 
 T = TypeVar("T")
 PLUGINS = "UR_JAX_PLUGINS"
+_registries: list[Registry[Any]] = []
 
 
 class Registry(Mapping[str, T]):
@@ -39,7 +41,9 @@ class Registry(Mapping[str, T]):
     def __init__(self, kind: str, group: str, of: type[T] | None = None):
         self.kind, self.group, self.of = kind, group, of
         self._items: dict[str, T] = {}
+        self._outside: set[str] = set()
         self._pending: bool = True
+        _registries.append(self)
 
     @overload
     def register(self, name: str, item: T) -> T: ...
@@ -70,7 +74,15 @@ class Registry(Mapping[str, T]):
         if self._items.get(name, item) is not item:
             raise UserError(f"There is a {self.kind} {name!r} already; choose another name.")
         self._items[name] = item
+        if _registering_module().partition(".")[0] != __package__:
+            self._outside.add(name)
         return item
+
+    @property
+    def outside(self) -> dict[str, T]:
+        """What was registered outside this package: its code is no version of ours."""
+        self._load()
+        return {name: self._items[name] for name in self._items if name in self._outside}
 
     @contextlib.contextmanager
     def replaced(self, name: str, item: T) -> Iterator[T]:
@@ -118,6 +130,19 @@ class Registry(Mapping[str, T]):
             item = entry.load()
             if entry.name not in self._items:  # it may have registered itself
                 self.register(entry.name, item)
+
+
+def registries() -> tuple[Registry[Any], ...]:
+    """All that there are."""
+    return tuple(_registries)
+
+
+def _registering_module() -> str:
+    """Name of the module whose code, run from top to bottom, registers something at this moment."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "<module>":
+        frame = frame.f_back
+    return "" if frame is None else frame.f_globals.get("__name__", "")
 
 
 def import_object(place: str) -> Any:

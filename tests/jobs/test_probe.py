@@ -119,7 +119,37 @@ def test_killed_and_resumed_it_is_the_same_probe_bit_for_bit(job, photos, tmp_pa
     assert rows[8]["name"] == "green/1.png" and rows[8]["label"] == rows[8]["predicted"] == 1
     last, said = Probe.remarks(summary)
     assert last.startswith("Last epoch: loss 0.") and "training accuracy 100.00%" in last
-    assert "test images are the training images" in said
+    assert "21 of 21 test images are among the training images" in said
+
+
+def test_test_images_that_are_training_images_by_any_name_are_counted(job, photos, tmp_path):
+    folder = pathlib.Path(photos.removeprefix("folder:"))
+    for number, ours in enumerate(COLOURS):
+        (tmp_path / "test" / ours).mkdir(parents=True)
+        known = (folder / ours / "0.png").read_bytes()
+        (tmp_path / "test" / ours / "renamed.png").write_bytes(known)
+        other = Image.new("RGB", SIZE, (40 * number, 200, 9))
+        other.save(tmp_path / "test" / ours / "other.png")
+    job = dataclasses.replace(job, test_images=f"folder:{tmp_path / 'test'}", cached=True)
+    summary = job.run(progress=quiet)
+    assert any("3 of 6 test images are among the training" in r for r in job.remarks(summary))
+    fewer = dataclasses.replace(job, num_images=2).run(progress=quiet)  # the first, and the last
+    assert any("1 of 6 test images are among" in remark for remark in job.remarks(fewer))
+
+
+@pytest.mark.filterwarnings("ignore:.*It now lies at")
+def test_a_damaged_state_of_the_training_is_set_aside_and_computed_again(job, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    job.run(whole, progress=quiet, plots=False)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(out, progress=interrupted.stop_after(7))  # after two epochs of three steps
+    files = [path for path in (out / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-3])
+    job.run(out, progress=quiet, plots=False)
+    for name in ("summary.json", "predictions.parquet"):
+        assert (whole / name).read_bytes() == (out / name).read_bytes()
+    assert [path.name for path in (out / "damaged").iterdir()] == ["state"]
 
 
 @pytest.mark.filterwarnings("ignore:.*It now lies at")
@@ -164,7 +194,7 @@ def test_test_images_of_some_classes_in_another_order_under_other_names(job, pho
         ("Blue", 0),
         ("crimson", 2),
     }
-    assert len(list(Probe.remarks(summary))) == 1
+    assert any("14 of 14 test images are among" in said for said in Probe.remarks(summary))
     assert load_probe(tmp_path / "out" / "probe", ENCODER).class_names == ("blue", "green", "red")
 
 

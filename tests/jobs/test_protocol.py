@@ -10,12 +10,14 @@ import dataclasses
 import itertools
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import tiny_encoder
 
-from ur_jax import runs
+from ur_jax import endings, runs
+from ur_jax.attacks import RULES
 from ur_jax.certify import CenterConfig
 from ur_jax.data import ViewConfig, open_images
 from ur_jax.errors import UserError
@@ -27,8 +29,9 @@ from ur_jax.jobs.label_free import EvaluationConfig, LabelFree
 from ur_jax.jobs.probe import Probe
 from ur_jax.jobs.progress import quiet
 from ur_jax.jobs.train import Train
-from ur_jax.metrics import METRICS
+from ur_jax.metrics import METRICS, Column, Metric
 from ur_jax.probes.linear import ProbeConfig
+from ur_jax.registry import import_object
 from ur_jax.runs import Summary, files, folder
 from ur_jax.training import MocoV2Config
 
@@ -58,6 +61,8 @@ SETTINGS = {
         method=MocoV2Config(group_size=4, queue_size=16),
     ),
 }  # fmt: skip
+SMALL = {"certify": 16, "knn": 20}
+"""KB of a disk that the job fills."""
 CHANGES = {
     "evaluate": lambda job: {"protocol": dataclasses.replace(job.protocol, seed=1)},
     "certify": lambda job: {"seed": 1},
@@ -187,6 +192,60 @@ def test_damaged_parts_and_tables_are_set_aside_and_come_out_the_same(name, at, 
     assert results(tmp_path / "out") == results(whole[name])
 
 
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a disk of its own, and what gives it other options."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = lambda options: subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True
+    )
+    if mount("size=48k").returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield place, lambda options: mount(f"remount,{options}")
+    subprocess.run(["umount", "-l", place])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_disk_that_is_read_only_or_full_ends_in_a_line_and_loses_nothing(name, at, whole, disk):
+    place, remount = disk
+    for options, reason in (
+        ("ro", "read-only file system"),
+        (f"rw,size={SMALL.get(name, 48)}k", "no space left on device"),
+    ):  # fmt: skip
+        remount(options)
+        with pytest.raises(Exception) as ended:
+            make(name, at).run(place / "out", progress=quiet, plots=False)
+        end = endings.end_of(ended.value, name)
+        assert end is not None and end.status == 2, ended.value
+        assert reason in end.line and "\n" not in end.line
+    remount("size=8m")
+    make(name, at).run(place / "out", progress=quiet, plots=False)
+    assert results(place / "out") == results(whole[name])
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "train"])
+def test_every_number_tells_how_many_images_it_is_without(name, at, tmp_path):
+    shutil.copytree(at / "images", tmp_path / "images")
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label / "broken.png").write_bytes(b"no picture")
+    images = f"folder:{tmp_path / 'images'}"
+    job = make(name, at, images=images)
+    if hasattr(job, "test_images"):
+        job = dataclasses.replace(job, test_images=images)
+    sizes = {"evaluate": "protocol", "certify": None}
+    if name in sizes:  # all images, and pairs of all
+        inner = dataclasses.replace(job.protocol, num_images=26) if sizes[name] else None
+        job = dataclasses.replace(job, **({"protocol": inner} if inner else {"num_images": 26}))
+    summary = job.run(progress=quiet)
+    assert len(summary.unreadable) == 2
+    for row in summary.rows:
+        all_of_it = {"overlap_risk": 13, "adversarial_margin": 13}.get(row.metric, 26)
+        all_of_it = 13 if row.images in ("cat -> dog", "dog -> cat") else all_of_it
+        assert row.n + row.n_excluded == all_of_it and row.n_excluded >= 1, row
+        assert f"{row.n_excluded} of {all_of_it} could not be read" in row.excluded, row
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_a_notebook_gets(name, at):
     """Live objects instead of names; a typed result that prints, and is a frame."""
@@ -219,8 +278,43 @@ def test_values_of_images_are_what_the_numbers_sum_up(name, whole):
         row = rows[values.metric, *(getattr(values, field) for field in runs.SETTINGS)]
         defined = values.value[~np.isnan(values.value)]
         summed = np.median if METRICS[values.metric].statistic == "median" else np.mean
-        assert len(values.index) == len(values.value) == row.n + row.n_excluded
+        assert len(values.index) == len(values.value) <= row.n + row.n_excluded
+        assert len(defined) == row.n
         assert summed(defined) == pytest.approx(row.value, rel=1e-6)
+
+
+def test_code_from_outside_is_in_the_identity_of_what_uses_it(at, tmp_path):
+    """A step rule of a plugin, and a metric of this job, are other ones once they are edited."""
+    sources = {"toy_first": "1  # so", "toy_same": "1", "toy_other": "2"}
+    for name, times in sources.items():
+        (tmp_path / f"{name}.py").write_text(f"class Rule:\n    times = {times}\n")
+    first, same, other = (import_object(f"{tmp_path / name}.py:Rule") for name in sources)
+    statistic = lambda name: Metric(name, "low", "One.", columns=(Column("evaluate", "one"),))
+
+    def code(rule="toy-identity", kind="evaluate"):
+        job = make(kind, at)
+        if kind == "evaluate":
+            job = dataclasses.replace(job, protocol=dataclasses.replace(job.protocol, rule=rule))
+        return job.opened().identity.get("code", {})
+
+    assert code("fixed") == {}
+    try:
+        RULES.register("toy-identity", first)
+        before = code()
+        assert list(before) == ["step rule toy-identity"] and code("fixed") == {}
+        with RULES.replaced("toy-identity", same):
+            assert code() == before
+        with RULES.replaced("toy-identity", other):
+            assert code() != before
+        METRICS.register("toy-identity-metric", statistic("mean"))
+        before = code("fixed")
+        assert list(before) == ["metric toy-identity-metric"] and code(kind="knn") == {}
+        with METRICS.replaced("toy-identity-metric", statistic("median")):
+            assert code("fixed") != before
+    finally:
+        for registry, name in ((RULES, "toy-identity"), (METRICS, "toy-identity-metric")):
+            registry._items.pop(name, None)
+            registry._outside.discard(name)
 
 
 def test_images_may_be_live(at):

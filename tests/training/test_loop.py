@@ -161,14 +161,17 @@ def test_damage_is_named_in_one_line(run, uninterrupted, tmp_path):
     metrics = tmp_path / "metrics.csv"
     whole = metrics.read_text()
     metrics.write_text(whole[:-30])
-    with pytest.raises(UserError, match=r"metrics.csv is damaged in line 7[^\n]*$"):
+    with pytest.raises(UserError, match=r"metrics.csv is damaged: line 7[^\n]*$"):
+        run(tmp_path)
+    metrics.write_text(whole.replace(",0.", ",1.", 1))  # another number
+    with pytest.raises(UserError, match=r"metrics.csv is damaged: its rows[^\n]*$"):
         run(tmp_path)
     metrics.write_text(whole)
     largest = max((tmp_path / "state").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    with pytest.raises(UserError, match=r"checkpoint of step 9 in .*state is damaged[^\n]*$"):
+    with pytest.raises(UserError, match=r"state is damaged: .*is not as it was written[^\n]*$"):
         run(tmp_path)
 
 

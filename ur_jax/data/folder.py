@@ -11,7 +11,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from ur_jax.data.identity import hash_files
+import numpy as np
+
+from ur_jax.data.identity import file_digests, hash_files
 from ur_jax.data.pixels import decode
 from ur_jax.data.reading import StorageError, retried
 from ur_jax.data.sources import SOURCES, Example, ImageSource
@@ -107,6 +109,10 @@ class FolderSource(ImageSource):
     def content_hash(self) -> str:
         """16 hex digits over the names, sizes and bytes of all files, see `identity.hash_files`."""
         return hash_files(self._root, self._names)
+
+    def fingerprints(self, indices: np.ndarray) -> list[bytes]:
+        """Of the files' bytes, which are known once the `content_hash` is."""
+        return [row.tobytes() for row in file_digests(self._root, self._names)[indices]]
 
     def _refuse_ambiguous(self) -> None:
         """Raises UserError where a name that is not UTF-8 is printed as another one is."""

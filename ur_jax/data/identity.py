@@ -62,17 +62,34 @@ def hash_files(root: str | os.PathLike[str], names: Sequence[str], *, key: str =
     Raises:
       StorageError: for a file that cannot be read; it is named.
     """
-    folder = os.path.realpath(root)
-    cache = _cache_folder() / f"{_short_hash(os.fsencode(folder), key.encode())}.hashes"
-    hashes, is_known = _recall(folder, [os.fsencode(name) for name in names], _read(cache))
-    if not is_known.all():
-        _complete(folder, hashes, is_known, cache)
-    digest = hashlib.sha256()
+    hashes, digest = _hashes(root, names, key), hashlib.sha256()
     for name, size, content in zip(
         hashes.names, hashes.stamps["size"].tolist(), hashes.digests, strict=True
     ):
         digest.update(name + b"\0" + size.to_bytes(8, "little") + content.tobytes())
     return digest.hexdigest()[:16]
+
+
+def file_digests(
+    root: str | os.PathLike[str], names: Sequence[str], *, key: str = ""
+) -> np.ndarray:
+    """The first 16 bytes of each file's SHA-256, (N, 16) uint8; arguments as of `hash_files`."""
+    return _hashes(root, names, key).digests
+
+
+def content_digest(content: bytes) -> bytes:
+    """What `file_digests` has of a file with this content."""
+    return hashlib.sha256(content).digest()[:_DIGEST]
+
+
+def _hashes(root: str | os.PathLike[str], names: Sequence[str], key: str) -> _Hashes:
+    """Of files, from the cache where that knows them."""
+    folder = os.path.realpath(root)
+    cache = _cache_folder() / f"{_short_hash(os.fsencode(folder), key.encode())}.hashes"
+    hashes, is_known = _recall(folder, [os.fsencode(name) for name in names], _read(cache))
+    if not is_known.all():
+        _complete(folder, hashes, is_known, cache)
+    return hashes
 
 
 def _recall(folder: str, names: list[bytes], kept: _Hashes) -> tuple[_Hashes, np.ndarray]:

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
-from ur_jax.data.identity import hash_files
+from ur_jax.data.identity import content_digest, hash_files
 from ur_jax.data.pixels import decode
 from ur_jax.data.sources import SOURCES, Example, ImageSource
 from ur_jax.errors import UserError, unknown_name
@@ -105,6 +106,10 @@ class TfdsSource(ImageSource):
         files = hash_files(self._folder, self._files, key=self._prefix)
         described = repr((self._prefix, self.class_names, self._image, self._label, files))
         return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+    def fingerprints(self, indices: np.ndarray) -> list[bytes]:
+        """Of the stored bytes, those of a file of a folder."""
+        return [content_digest(self._record(int(i))[self._image]) for i in indices]
 
     def _record(self, index: int) -> Mapping[str, Any]:
         """One record; its file that cannot be read is a fault of the storage, not of an image."""

@@ -84,6 +84,25 @@ class ImageSource(abc.ABC):
                 digest.update(f"{label} {pixels.size}".encode() + np.asarray(pixels).tobytes())
         return digest.hexdigest()[:16]
 
+    def fingerprints(self, indices: np.ndarray) -> list[bytes]:
+        """What tells some images by their content, whatever they are called: 16 bytes each.
+
+        Here of the pixels, which decodes them; of files of their bytes, so that a picture that was
+        encoded anew is another one. An image that cannot be decoded is like none.
+        """
+        found = []
+        for index in map(int, indices):
+            try:
+                pixels = read(self, index).pixels
+            except NOT_THE_IMAGE:
+                raise
+            except Exception:  # unreadable, as it is in batches
+                content = self.name(index).encode("utf-8", "surrogateescape")
+            else:
+                content = f"{pixels.size}".encode() + np.asarray(pixels).tobytes()
+            found.append(hashlib.sha256(content).digest()[:16])
+        return found
+
 
 SOURCES: Registry[Callable[..., ImageSource]] = Registry("kind of images", "ur_jax.sources")
 """What opens images, by what stands before the colon of a spec; it gets what stands behind."""

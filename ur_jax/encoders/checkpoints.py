@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -76,7 +77,7 @@ def save_encoder(
     if hosts.is_first() and place.exists():
         place.rmtree()  # half a checkpoint
     hosts.on_all_hosts(True)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with disk_errors(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(place, variables, custom_metadata=record)
     hosts.on_all_hosts(True)
     if hosts.is_first():
@@ -85,6 +86,18 @@ def save_encoder(
             path.rmtree()
             place.rename(path)
     hosts.on_all_hosts(True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Has a disk's error be an OSError with its number, as everywhere: Orbax tells it in words."""
+    try:
+        yield
+    except Exception as error:  # tensorstore and orbax have no common class for it
+        if (found := re.search(r"os_error_code='(\d+)'", str(error))) is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
 
 
 def write_manifest(path: str | os.PathLike) -> None:

@@ -74,6 +74,11 @@ def network_hash(encoder: Encoder) -> str:
     return (_cached_hash if _is_hashable(arguments) else _hash)(*arguments)
 
 
+def code_hash(value: Any) -> str:
+    """Hash of a function, class or object of another's code, 16 hexadecimal digits."""
+    return hashlib.sha256("\n".join(Description().of(value)).encode()).hexdigest()[:16]
+
+
 def _hash(apply_fn: Any, structure: Any, leaves: tuple, images: jax.ShapeDtypeStruct) -> str:
     """Hash of a function of (params, images)."""
     closed = jax.make_jaxpr(apply_fn)(structure.unflatten(leaves), images)
@@ -173,7 +178,10 @@ class Description:
         yield f"{type(value).__name__} {value.__qualname__}"
         if (getattr(value, "__module__", None) or "").partition(".")[0] in _LIBRARIES:
             return
-        yield from _source(value)
+        source = list(_source(value))
+        yield from source
+        if isinstance(value, type) and not any(source):  # typed in
+            yield from self.of({n: v for n, v in vars(value).items() if n[0] != "_"})
         functions = [value] if isinstance(value, types.FunctionType) else _functions_of(value)
         for function in functions:
             if function.__closure__:
@@ -225,6 +233,8 @@ def _source(value: type | types.FunctionType) -> Iterator[str]:
         code = value.__code__  # two lambdas of a line have the same lines
         plain = [const for const in code.co_consts if isinstance(const, _PLAIN)]
         yield repr((code.co_names, code.co_varnames, plain))
+        if not words:  # typed in
+            yield hashlib.sha256(code.co_code).hexdigest()
 
 
 def _is_numeric(value: Any) -> bool:

@@ -19,7 +19,8 @@ def columns(result: AttackResult, attack: AttackConfig) -> dict[str, Any]:
     lost = ~in_range(result.representations)
     num_steps = attack.num_steps * attack.num_restarts
     zero = result.health.zero_gradients.astype(jnp.float32) / num_steps
-    return {"zero_gradients": zero, "bad_gradients": result.health.bad_gradients, "lost": lost}
+    health = {name: getattr(result.health, name) for name in ("bad_gradients", "nan_ends")}
+    return {"zero_gradients": zero, **health, "lost": lost}
 
 
 def measured(run: Run, stages: Iterable[str]) -> dict[str, dict[str, float]]:
@@ -32,6 +33,7 @@ def measured(run: Run, stages: Iterable[str]) -> dict[str, dict[str, float]]:
                 "zero_gradient_share": float(part["zero_gradients"].mean()),
                 "bad_gradients": int((part["bad_gradients"] > 0).sum()),
                 "lost": int(part["lost"].sum()),
+                "nan_ends": int(part["nan_ends"].sum()) if "nan_ends" in part else 0,
                 "n": len(part["lost"]),
             }
     return found
@@ -51,6 +53,11 @@ def remarks(found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
             yield (
                 f"{stage}: the gradients of {counts['bad_gradients']} of {n} images had NaN or "
                 "infinite entries; the attack did without them."
+            )
+        if counts.get("nan_ends", 0) > counts["lost"]:  # of several restarts
+            yield (
+                f"{stage}: {counts['nan_ends']} restarts of {n} images ended where the objective "
+                "is NaN; each image keeps the best of its others, if there is one."
             )
         if counts["lost"]:
             yield (

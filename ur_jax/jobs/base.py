@@ -32,10 +32,12 @@ from ur_jax.data import ImageSource
 from ur_jax.devices import hosts
 from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
+from ur_jax.encoders.identity import code_hash
 from ur_jax.errors import DamagedError, MissingPackageError, UserError
 from ur_jax.jobs.progress import Progress, quiet, watched
+from ur_jax.metrics import Metric
 from ur_jax.probes.classifier import Classifier
-from ur_jax.registry import Registry
+from ur_jax.registry import Registry, registries
 from ur_jax.runs import Run, lock
 from ur_jax.runs.summary import Summary
 from ur_jax.typed import check_types
@@ -124,7 +126,8 @@ class Job(abc.ABC):
     def request(self) -> dict[str, Any]:
         """What determines the numbers, but for what is `requires`d: known before that is there."""
         images = {field: self.source(field).content_hash for field in self.image_fields}
-        return {"job": self.kind, **loading.described(self.model), **images, **self.settings}
+        known = {"job": self.kind, **loading.described(self.model), **images, **self.settings}
+        return known | outside_code(self.kind, known)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -349,6 +352,35 @@ def _draw(job: Job, session: Session) -> None:
         job.draw(session)
     except MissingPackageError as error:
         warnings.warn(f"No plots were drawn. {error}", stacklevel=2)
+
+
+def outside_code(kind: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """{"code": {what: hash}} of what is registered outside this package and changes numbers.
+
+    A rule of a `--plugin` that was edited is another rule, whatever its name. Encoders and images
+    are known by their own content.
+
+    Args:
+      kind: of the job.
+      request: what determines its numbers; a name in it is what it stands for.
+    """
+    named, is_own = {kind, *_texts(runs.plain(request))}, kind in JOBS.outside
+    found = {}
+    for registry in registries():
+        for name, item in registry.outside.items():
+            reports = any(column.job == kind for column in getattr(item, "columns", ()))
+            if name in named or reports or (is_own and isinstance(item, Metric)):
+                found[f"{registry.kind} {name}"] = code_hash(item)
+    return {"code": found} if found else {}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 JOBS: Registry[type[Job]] = Registry("job", "ur_jax.jobs")

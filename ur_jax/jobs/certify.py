@@ -217,8 +217,9 @@ class Certify(Job):
             columns |= self._kind.relative(columns, distribution)
         lists = {name: list(values) for name, values in columns.items()}  # some hold rows (N,K)
         runs.write_table(run.path / "certificates.parquet", lists)
+        rows = self._kind.rows(columns, self.smoothing)
         return self.summary(
-            list(self._kind.rows(columns, self.smoothing)),
+            list(runs.of_asked(rows, len(self._indices))),
             self._unreadable(run, columns["index"]),
             samples=int(columns["num_drawn"].sum()),
             images=len(columns["index"]),

@@ -149,26 +149,24 @@ class Impersonate(Job):
             job._attack(session, number, correct[number], correct[1 - number])
 
     def merge(self, session: Session) -> Summary:
-        clean, outcomes, tables = {}, {}, []
+        clean, outcomes, tables, asked = {}, {}, [], {}
         for place, (own, other) in enumerate((self.groups, self.groups[::-1])):
             clean[own.name] = _correct(session, own, place)[1]
             found = session.run.read_parts(f"attack_{place}")
             direction = f"{own.name} -> {other.name}"
             outcomes[direction] = np.isin(found["predicted"], other.classes)
+            number = len(self._members[place])
+            asked[direction] = min(self.attack.num_images or number, number)
             tables.append(self._table(direction, found, outcomes[direction]))
         joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
         runs.write_table(session.run.path / "impersonations.parquet", joined)
         outcomes["both"] = np.concatenate(list(outcomes.values()))
+        asked["both"] = sum(asked.values())
+        why = "could not be read, or are not classified right before the attack"
         rows = [
-            Row.of(
-                "impersonation_success",
-                proportion_interval(int(success[:, column].sum()), len(success)),
-                eps=self.attack.eps,
-                step=step,
-                images=direction,
-            )
+            row
             for direction, success in outcomes.items()
-            for column, step in enumerate(self.attack.read_at)
+            for row in runs.of_asked(self._rows(direction, success), asked[direction], why)
         ]
         left_out = parts.unreadable(session.run, but=("gallery_0", "gallery_1"))
         accuracies = {name: estimate._asdict() for name, estimate in clean.items()}
@@ -278,6 +276,17 @@ class Impersonate(Job):
 
         title = f"{self.groups[place].name} -> {self.groups[1 - place].name}"
         self._stage(session, f"attack_{place}", title, compute, own, targets)
+
+    def _rows(self, direction: str, success: np.ndarray) -> Iterator[Row]:
+        """Success (N,R) of a direction, by reading."""
+        for column, step in enumerate(self.attack.read_at):
+            yield Row.of(
+                "impersonation_success",
+                proportion_interval(int(success[:, column].sum()), len(success)),
+                eps=self.attack.eps,
+                step=step,
+                images=direction,
+            )
 
     def _table(
         self, direction: str, found: Mapping[str, np.ndarray], success: np.ndarray

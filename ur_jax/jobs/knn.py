@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from ur_jax import devices, metrics
+from ur_jax import devices, metrics, runs
 from ur_jax.checks import check_whole
 from ur_jax.data import check_batch_size, evenly_spaced, labels
 from ur_jax.errors import UserError
@@ -130,7 +130,8 @@ class Knn(Job):
             )
             rows.append(Row.of("knn_accuracy", estimate, images=name))
         details = {"voting": len(votes["index"]), "shared": _num_shared(votes, asked)}
-        return self.summary(rows, parts.unreadable(session.run), **details)
+        rows = runs.of_asked(rows, len(self.indices("test_images")))
+        return self.summary(list(rows), parts.unreadable(session.run), **details)
 
     @classmethod
     def remarks(cls, summary: Summary) -> Iterator[str]:

@@ -217,7 +217,12 @@ class LabelFree(Job):
             "breakaway": lambda: tables.breakaway_rows(run, clean, config, session.mesh),
             "overlap": lambda: tables.overlap_rows(run, config),
         }
-        rows = [row for stage, table in make.items() if stage in self.stages for row in table()]
+        rows = [
+            row
+            for stage, table in make.items()
+            if stage in self.stages
+            for row in runs.of_asked(table(), self._asked(stage))
+        ]
         left_out = parts.unreadable(run, *([clean] if clean else []), but=("gallery",))
         return self.summary(
             rows, left_out, attack_health=attack_health.measured(run, self.attack_stages)
@@ -285,6 +290,13 @@ class LabelFree(Job):
         if "overlap" in stages:
             yield from per_image.overlap_values(folder, protocol)
 
+    def _asked(self, stage: str) -> int:
+        """Images, or pairs, whose numbers a stage is to report."""
+        config, total = self.protocol, len(self.source())
+        if stage == "distances":
+            return min(config.num_distribution or total, config.num_clean or total)
+        return min(config.num_images, total // 2 if stage == "overlap" else total)
+
     @property
     def _needs_bank(self) -> bool:
         """Whether clean representations of the bank are needed."""
@@ -341,7 +353,7 @@ class LabelFree(Job):
     def _overlap(self, session: Session) -> None:
         """Disjoint pairs, each image attacked towards the other."""
         config, mesh = self.protocol, session.mesh
-        num_pairs = min(config.num_images, len(self.source()) // 2)
+        num_pairs = self._asked("overlap")
         indices = evenly_spaced(len(self.source()), 2 * num_pairs)
         indices = np.asarray(jax.random.permutation(self._key(_PAIRS), indices.astype(np.int32)))
         attack = config.attack(config.overlap_eps, config.overlap_steps)

@@ -151,16 +151,21 @@ class Probe(Job):
         runs.write_table(session.run.path / "predictions.parquet", joined)
         # Weights are restored by all hosts together, and here there is but one.
         known = checkpoints.read_metadata(session.run.path / "probe")["probe"]
-        return self.summary(rows, parts.unreadable(session.run), history=known["history"])
+        rows = runs.of_asked(rows, len(self.indices("test_images")))
+        left_out, shared = parts.unreadable(session.run), self._num_shared()
+        return self.summary(list(rows), left_out, history=known["history"], shared=shared)
 
     @classmethod
     def remarks(cls, summary: Summary) -> Iterator[str]:
         yield from super().remarks(summary)
         last = summary.details["history"][-1]
         yield f"Last epoch: loss {last['loss']:.3f}, training accuracy {last['accuracy']:.2%}."
-        hashes = [summary.identity[field] for field in cls.image_fields]
-        if hashes[0] == hashes[1]:
-            yield "The test images are the training images: this is no accuracy on new images."
+        if shared := summary.details.get("shared", 0):
+            row = summary.rows[0]
+            yield (
+                f"{shared} of {row.n + row.n_excluded} test images are among the training images: "
+                "this is no accuracy on new images."
+            )
 
     @classmethod
     def values(
@@ -177,6 +182,13 @@ class Probe(Job):
     def _tested(self) -> tuple[str, ...]:
         """The kinds of images that are classified: the probe's own, and clean ones."""
         return tuple(dict.fromkeys((self.views.kind, "standard")))
+
+    def _num_shared(self) -> int:
+        """How many of the test images are among the training images, whatever they are called."""
+        known, asked = (
+            self.source(field).fingerprints(self.indices(field)) for field in self.image_fields
+        )
+        return sum(fingerprint in set(known) for fingerprint in asked)
 
     def _restored(self, session: Session) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """The probe that this run has trained; since it is this job's, it fits, or is damaged."""

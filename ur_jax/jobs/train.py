@@ -35,8 +35,8 @@ from ur_jax.encoders import checkpoints, loading
 from ur_jax.encoders.base import Encoder
 from ur_jax.encoders.loading import Loaded
 from ur_jax.encoders.zoo import ENCODERS
-from ur_jax.errors import UserError, require, unknown_name
-from ur_jax.jobs.base import EncoderLike, Job, Session, register
+from ur_jax.errors import DamagedError, UserError, require, unknown_name
+from ur_jax.jobs.base import EncoderLike, Job, Session, outside_code, register
 from ur_jax.runs.provenance import provenance
 from ur_jax.runs.summary import Row, Summary
 from ur_jax.training import FareConfig, MethodConfig, MocoV2Config, MocoV3Config, Start
@@ -110,6 +110,11 @@ class Train(Job):
             check_number(self, "schedule_epochs", above=0.0)
         if self.attack == "untargeted" and not self.adversary.random_start:
             training.Adversary(self.attack, self.adversary)  # says what is wrong
+        if self.representation != "features" and not self.method.takes_representation:
+            raise UserError(
+                f"Expected no --representation with --method {self.method.name}, whose loss has an "
+                f"output of its own, got {self.representation!r}; leave it out."
+            )
         self._schedule(1)  # as does the schedule
 
     @property
@@ -135,7 +140,8 @@ class Train(Job):
                 "weights_sha256": checkpoints.tree_hash(held),
             }
         images = self.source().content_hash
-        return {"job": self.kind, **begun, "images": images, **self.settings}
+        known = {"job": self.kind, **begun, "images": images, **self.settings}
+        return known | outside_code(self.kind, known)
 
     def opened(self) -> Self:
         if self.images is tyro.MISSING:
@@ -177,6 +183,7 @@ class Train(Job):
     def compute(self, session: Session) -> None:
         out = session.run.path
         if checkpoints.is_saved(out / "encoder"):
+            self._known(out / "encoder")
             return
         images = self._shuffled(session)
         start = self._start(images.steps_per_epoch)
@@ -198,11 +205,13 @@ class Train(Job):
             on_epoch=functools.partial(_draw_samples, out),
         )  # fmt: skip
         trained = jax.tree.map(np.asarray, method.encoder_variables(state))
-        self._save(out / "encoder", trained, int(state.step))
+        self._save(out, trained, int(state.step))
 
     def merge(self, session: Session) -> Summary:
-        last = last_row(session.run.path)
-        return self.summary((), steps=int(last.pop("step")), last=last)
+        known = self._known(session.run.path / "encoder")
+        last = known.get("last") or last_row(session.run.path)  # of a version that kept none
+        steps = int(last.pop("step", known["training"]["steps"]))
+        return self.summary((), steps=steps, last=last)
 
     def summary(self, rows: Sequence[Row], unreadable: Any = None, **details: Any) -> Summary:
         title = f"train: {self._name} by {self.method.name}, attack {self.attack}"
@@ -305,10 +314,20 @@ class Train(Job):
             mask=training.trained_mask(frozen),
         )
 
-    def _save(self, path: Path, trained: Any, steps: int) -> None:
-        """Writes the trained encoder as a checkpoint."""
+    def _known(self, path: Path) -> dict[str, Any]:
+        """What is kept with the encoder that this run has trained."""
+        try:
+            checkpoints.check_files(path)
+            return checkpoints.read_metadata(path)
+        except UserError as error:
+            remedy = "It is written again from the newest state."
+            raise DamagedError(path, str(error), remedy) from error
+
+    def _save(self, out: Path, trained: Any, steps: int) -> None:
+        """Writes the trained encoder as a checkpoint, with the last row of its metrics."""
         record = {"training": {**self.identity, "steps": steps}, "trained_with": provenance()}
-        begun = self._begun
+        begun, path = self._begun, out / "encoder"
+        record["last"] = last_row(out)
         if isinstance(begun, Encoder):
             tuned = dataclasses.replace(begun, params=trained)
             loading.save_encoder(path, tuned, metadata=record)

@@ -5,6 +5,7 @@ from ur_jax.runs.files import (
     atomic_path,
     fingerprint,
     is_in_bucket,
+    plain,
     read_json,
     read_table,
     write_json,
@@ -12,7 +13,7 @@ from ur_jax.runs.files import (
 )
 from ur_jax.runs.folder import OtherConfigurationError, Run, open_run, set_aside
 from ur_jax.runs.provenance import SCHEMA, provenance
-from ur_jax.runs.summary import SETTINGS, Row, Summary
+from ur_jax.runs.summary import SETTINGS, Row, Summary, of_asked
 
 __all__ = [
     "SCHEMA",
@@ -25,7 +26,9 @@ __all__ = [
     "atomic_path",
     "fingerprint",
     "is_in_bucket",
+    "of_asked",
     "open_run",
+    "plain",
     "provenance",
     "read_json",
     "read_table",

@@ -59,7 +59,7 @@ def write_json(path: Path, value: Any) -> None:
 
     An object gets its own SHA-256, by which `read_json` knows that it is whole.
     """
-    value = _finite(json.loads(json.dumps(value, default=_plain)))
+    value = _finite(plain(value))
     if isinstance(value, dict):
         value[_CHECKSUM] = _json_hash(value)
     with atomic_path(path) as temporary:
@@ -160,6 +160,11 @@ def as_folder(path: str | os.PathLike) -> Path:
 def is_in_bucket(path: str | os.PathLike) -> bool:
     """Whether a path is of a bucket."""
     return "://" in os.fspath(path)
+
+
+def plain(value: Any) -> Any:
+    """The JSON value of dataclasses, paths and NumPy values, as it is written."""
+    return json.loads(json.dumps(value, default=_plain))
 
 
 def fingerprint(config: Any) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from ur_jax.errors import DamagedError, UserError
 from ur_jax.runs import files
-from ur_jax.runs.files import _plain, as_folder, atomic_path, read_json, write_json
+from ur_jax.runs.files import as_folder, atomic_path, read_json, write_json
 
 _CHECKSUM = "sha256"
 
@@ -63,11 +62,13 @@ class Run:
     def read_parts(self, stage: str) -> dict[str, np.ndarray]:
         """All finished parts of a stage, joined along the leading axis; {} if there are none.
 
+        What only some of them have, of another version, is left out.
+
         Raises:
           DamagedError: for a part that is not as it was written; it names the file.
         """
         parts = [read_part(self.part(stage, n)) for n in range(self.num_parts(stage))]
-        names = parts[0] if parts else ()
+        names = [n for n in (parts[0] if parts else ()) if all(n in part for part in parts)]
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
@@ -112,7 +113,7 @@ def open_run(path: str | os.PathLike, config: Any) -> Run:
       ValueError: if it holds files that are no run's.
     """
     path = as_folder(path)
-    config = json.loads(json.dumps(config, default=_plain))
+    config = files.plain(config)
     claim = path / "config.json"
     if not claim.exists():
         # Another host may be claiming it: what is being written has a name that begins with a dot.

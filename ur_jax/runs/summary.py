@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Row:
       radius: of a certificate, l2, in pixel units.
       images: which ones, where there are several kinds: a probe's kind, an impersonation's
         direction.
-      n_excluded: images (or pairs) that were measured and have no value, so that n is without them.
+      n_excluded: images (or pairs) that were asked for and have no value; n is without them.
       excluded: why they have none, in words.
     """
 
@@ -71,6 +71,24 @@ class Row:
     def setting(self) -> tuple:
         """What tells it from the other rows of its metric."""
         return tuple(getattr(self, name) for name in SETTINGS)
+
+
+def of_asked(
+    rows: Iterable[Row], asked: int, why: str = "could not be read, see there"
+) -> Iterator[Row]:
+    """Rows that tell how many of the images (or pairs) that were asked for they are without.
+
+    Args:
+      rows: over all that have a value.
+      asked: how many were asked for.
+      why: those that are missing, but for what a row says already, have none, in words.
+    """
+    for row in rows:
+        if missing := max(asked - row.n - row.n_excluded, 0):
+            reasons = [row.excluded, f"{missing} of {asked} {why}"]
+            excluded = "; ".join(reason for reason in reasons if reason)
+            row = dataclasses.replace(row, n_excluded=row.n_excluded + missing, excluded=excluded)
+        yield row
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

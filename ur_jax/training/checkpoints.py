@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ur_jax.encoders import checkpoints
-from ur_jax.errors import Stop, UserError
+from ur_jax.errors import DamagedError, Stop, UserError
 from ur_jax.runs import is_in_bucket
 from ur_jax.types import PyTree
 
@@ -95,7 +95,8 @@ class TrainingCheckpoints:
         )
         self.wait()  # files are listed of one step at a time
         self._saving = step
-        self._manager.save(step, args=arguments)
+        with checkpoints.disk_errors(self._directory):
+            self._manager.save(step, args=arguments)
 
     def restore(self, state_like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Reads the newest state.
@@ -108,7 +109,8 @@ class TrainingCheckpoints:
           (state, metadata).
 
         Raises:
-          ValueError: if there is no checkpoint, or it is damaged or of another state.
+          DamagedError: if its files are not as they were written; it names the directory.
+          UserError: if there is no checkpoint, or it is of another state.
         """
         step = self.latest_step
         if step is None:
@@ -117,11 +119,15 @@ class TrainingCheckpoints:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore()
         )
-        try:
-            # Before they are read: a flipped bit would be a weight, and tensorstore's threads
-            # go on printing what they stumble over.
-            for item in _ITEMS:
+        # Before they are read: a flipped bit would be a weight, and tensorstore's threads go on
+        # printing what they stumble over.
+        for item in _ITEMS:
+            try:
                 checkpoints.check_files(self._directory / str(step) / item)
+            except UserError as error:
+                remedy = "Begin anew, or fetch a copy of that folder."
+                raise DamagedError(self._directory, str(error), remedy) from error
+        try:
             restored = self._manager.restore(step, args=arguments)
         except Exception as error:  # tensorstore and orbax have no common class for it
             why = " ".join(f"{type(error).__name__}: {error}".split())
@@ -133,13 +139,17 @@ class TrainingCheckpoints:
 
     def wait(self) -> None:
         """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        with checkpoints.disk_errors(self._directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until everything is on disk and ends the background threads."""
-        self._manager.close()
-        while self._before:
-            signal.signal(*self._before.popitem())
+        try:
+            with checkpoints.disk_errors(self._directory):
+                self._manager.close()
+        finally:
+            while self._before:
+                signal.signal(*self._before.popitem())
 
     def __enter__(self) -> TrainingCheckpoints:
         return self

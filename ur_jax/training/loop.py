@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,12 @@ def train(
     state = devices.replicate(mesh, state)
     per_epoch, total = images.steps_per_epoch, config.num_epochs * images.steps_per_epoch
     with TrainingCheckpoints(directory / "state", listens=True) as saved:
+        known: Mapping[str, Any] = {}
         if saved.latest_step is not None:
             state, known = saved.restore(state)
             _check_same_images(known, images)
         done = int(state.step)
-        with _Log(directory, done) as log:
+        with _Log(directory, done, known.get("metrics_sha256")) as log:
             steps = watch(_steps(images, config.num_epochs, done), "training steps", total - done)
             for step in steps:
                 state, metrics, samples = update(state, devices.shard(mesh, step.images), key)
@@ -142,7 +144,8 @@ def train(
                 if saves or done % config.log_every == 0:
                     log.flush(done / per_epoch, saved.latest_step)
                 if saves:
-                    saved.save(done, state, {"num_images": images.num_images})
+                    kept = {"num_images": images.num_images, "metrics_sha256": log.hash}
+                    saved.save(done, state, kept)
                 if stops:
                     saved.stop()
                 if ends:
@@ -211,11 +214,13 @@ def _on_host(samples: Samples) -> Samples:
 class _Log:
     """Metrics on disk. Keeps them on the device until a row is due: no step waits for the host."""
 
-    def __init__(self, directory: Path, done: int):
+    def __init__(self, directory: Path, done: int, known: str | None = None):
         self.text = ""
         self._path = directory / "metrics.csv"
         # What came after the checkpoint that training goes on from is computed again.
         self._rows = [row for row in _read_rows(self._path) if int(row["step"]) <= done]
+        if self._rows and known not in (None, self.hash):
+            raise _damaged(self._path, "its rows are not those that were written")
         self._pending: list[tuple[int, dict[str, Array]]] = []
         self._writes = jax.process_index() == 0
         if self._writes:
@@ -223,6 +228,12 @@ class _Log:
             self._board = require_board().SummaryWriter(
                 str(directory / "tensorboard"), purge_step=purge
             )
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the rows so far."""
+        lines = (",".join(map(str, row.values())) for row in self._rows)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def add(self, step: int, metrics: dict[str, Array]) -> None:
         """Takes the metrics of a step, without waiting for them."""
@@ -277,11 +288,16 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
             int(row["step"])
             [float(value) for value in row.values()]
         except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{path} is damaged in line {number}; move it away, and training goes on with a "
-                "new one."
-            ) from None
+            raise _damaged(path, f"line {number} is no row of numbers") from None
     return rows
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    """The error for metrics that are not as they were written: computed again by training alone."""
+    return UserError(
+        f"{path} is damaged: {why}; move it away, and training goes on with a new one, which has "
+        "the later steps."
+    )
 
 
 def _check_finite(step: int, metrics: Mapping[str, Any], last_checkpoint: int | None) -> None:

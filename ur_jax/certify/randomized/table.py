@@ -38,7 +38,12 @@ def rows(columns: Columns, config: RandomizedConfig) -> Iterator[Row]:
     yield Row.of("average_certified_radius", intervals.mean_interval(counted, bounds=bounds))
     if correct.any():
         over_correct = intervals.mean_interval(radius[correct], bounds=bounds)
-        yield Row.of("average_certified_radius_correct_only", over_correct)
+        yield Row.of(
+            "average_certified_radius_correct_only",
+            over_correct,
+            n_excluded=int((~correct).sum()),
+            excluded="" if correct.all() else "images without a certificate of their class",
+        )
 
 
 def curves(columns: Columns) -> Iterator[Curve]:

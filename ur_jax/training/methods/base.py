@@ -130,6 +130,8 @@ class MethodConfig(abc.ABC):
     """Its name in `METHODS`."""
     needs_init: ClassVar[bool] = False
     """Whether it cannot begin with random weights."""
+    takes_representation: ClassVar[bool] = False
+    """Whether the flag `--representation` says anything: it trains `Start.encoder`."""
 
     def __post_init__(self):
         check_types(self)

@@ -22,6 +22,7 @@ class FareConfig(MethodConfig):
     """FARE has no settings of its own: its attack and its optimizer are the command's."""
 
     needs_init: ClassVar[bool] = True  # it keeps a trained encoder's outputs
+    takes_representation: ClassVar[bool] = True
 
     def views(self, size: tuple[int, int]) -> tuple[AugmentConfig, None]:
         return FARE.at(size), None
