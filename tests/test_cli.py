@@ -19,6 +19,9 @@ from ur_jax.devices.hosts import OtherHostError
 from ur_jax.errors import Stop, UserError
 from ur_jax.jobs import progress
 
+LONG = "half" * 40
+"""Longer than a line of the parser's box."""
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -224,7 +227,7 @@ def test_a_sample_of_bad_flags_is_refused_in_one_line_each(tmp_path):
         (("--eps", "-1"), "Expected eps > 0 and <= 1, in pixel units of [0,1], got -1.0."),
         (("--num-imagess", "3"), "Unrecognized options: --num-imagess, 3; did you mean --num-im"),
         (("--num-images", "x"), "--num-images: invalid literal for int() with base 10: 'x'."),
-        (("--dtype", "half" * 40), "Unknown dtype '" + "half" * 40 + "'. Expected one of: bfloat16, float32."),
+        (("--dtype", LONG), f"Unknown dtype '{LONG}'. Expected one of: bfloat16, float32."),
         (("--rule", "nope"), "Unknown step rule 'nope'. Expected one of: fixed"),
         (("--seed",), "Missing value for argument '--seed'."),
     ],
