@@ -23,6 +23,7 @@ LAYERS = (
     ("training",),
     ("jobs",),
     ("report",),
+    ("calls",),
     ("performance",),
     ("jobs.benchmark", "jobs.reproduce_cifar"),
     ("endings",),

@@ -9,6 +9,9 @@ with `main(config)`, a dataclass `Config` of its flags and, if it has any, `PRES
 
 from __future__ import annotations
 
+from ur_jax import _begin  # noqa: F401  first: what follows takes seconds
+
+# isort: split
 import argparse
 import contextlib
 import dataclasses

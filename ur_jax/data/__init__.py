@@ -25,6 +25,7 @@ from ur_jax.data.batches import (
 from ur_jax.data.corruptions import CORRUPTIONS, Corruption, ViewConfig, corruption
 from ur_jax.data.demo import DemoSource
 from ur_jax.data.folder import FolderSource
+from ur_jax.data.live import ArrayImages, PictureImages, as_source
 from ur_jax.data.pixels import (
     PREPARATIONS,
     central_crop,
@@ -40,6 +41,7 @@ from ur_jax.data.shuffled import ShuffledImages
 from ur_jax.data.sources import SOURCES, Example, ImageSource, open_images
 
 __all__ = [
+    "ArrayImages",
     "CORRUPTIONS",
     "PREPARATIONS",
     "SOURCES",
@@ -51,12 +53,14 @@ __all__ = [
     "FolderSource",
     "ImageBatch",
     "ImageSource",
+    "PictureImages",
     "ProbeViews",
     "ShuffledImages",
     "StorageError",
     "TfdsSource",
     "Unreadable",
     "ViewConfig",
+    "as_source",
     "central_crop",
     "check_batch_size",
     "check_workers",

@@ -40,11 +40,16 @@ def decode(file: BinaryIO) -> Image.Image:
     """
     try:
         with Image.open(file) as image:
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                image = _eight_bits(image)
-            return image.convert("RGB")
+            return as_rgb(image)
     except UnidentifiedImageError:  # its own message names an object's address, new in every run
         raise UserError("not an image in a format that Pillow reads") from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An open image as 8-bit RGB, see `decode`."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        image = _eight_bits(image)
+    return image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

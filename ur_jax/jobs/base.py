@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
@@ -46,8 +46,18 @@ from ur_jax.types import Curve, Values
 J = TypeVar("J", bound="Job")
 J = TypeVar("J", bound="Job")
 _NUM_DOUBTED, _NUM_REPAIRS = 4, 20
+
+
+class Pictures(Protocol):
+    """An array of images, a list of pictures, or a data set; see `data.as_source`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
 EncoderLike = Encoder | str
-ImagesLike = ImageSource | str
+ImagesLike = ImageSource | str | Pictures
+"""What `data.as_source` takes; on a command line a spec."""
 ProbeLike = Classifier | str
 
 
@@ -161,8 +171,7 @@ class Job(abc.ABC):
                 self.encoder, self.name, self.representation, self.dtype
             )
         for field in self.image_fields:
-            if isinstance(getattr(self, field), str):
-                changes[field] = data.open_images(getattr(self, field))
+            changes[field] = data.as_source(getattr(self, field))
         return dataclasses.replace(self, **changes)
 
     def settled(self, begun: Mapping[str, Any], mesh: Mesh) -> Self:
@@ -309,7 +318,9 @@ class Job(abc.ABC):
                     f"What is written to {path} does not come back as it was, {_NUM_REPAIRS} times "
                     "in a row: look at the disk."
                 )
-            return Summary.read(path / "summary.json")
+            summary = Summary.read(path / "summary.json")
+            values = tuple(type(job).values(path, summary, {}))
+            return dataclasses.replace(summary, values=values)
 
 
 def _is_computed(job: Job, session: Session, *, plots: bool) -> bool:

@@ -18,14 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from ur_jax.errors import UserError
+from ur_jax.errors import shown as told
 from ur_jax.jobs.base import JOBS
 from ur_jax.metrics import METRICS
 from ur_jax.report.collect import Results
-from ur_jax.report.compare import Compared
+from ur_jax.report.compare import Compared, columns
 from ur_jax.report.compare import best as best_by_intervals
-from ur_jax.runs import SETTINGS, Summary
+from ur_jax.runs import SETTINGS, Summary, shown
+from ur_jax.runs.shown import Shown
 from ur_jax.stats import paired
 from ur_jax.stats.paired import Paired
 from ur_jax.types import Values
@@ -89,11 +94,41 @@ class Verdict:
         return f"{self.winner} is better on {wins[self.winner]} of {result.n} images{others}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Comparison(Shown):
     """All verdicts of a working directory."""
 
     verdicts: tuple[Verdict, ...]
+
+    def __rich__(self) -> Table:
+        """The verdicts, for `rich`."""
+        table = Table("measure", "verdict", "difference", "p", box=box.SIMPLE_HEAD, show_edge=False)
+        for each in self.verdicts:
+            value, low, high, _ = each.result.difference
+            measure = " ".join((each.column.column.title, each.column.setting))
+            ends = f"{value:.3f} ({low:.3f} to {high:.3f})"
+            table.add_row(*map(Text, (measure, each.sentence, ends, f"{each.p_value:.1g}")))
+        return table
+
+    def __repr__(self) -> str:
+        return f"Comparison({len(self.verdicts)} verdicts)"
+
+    def to_dataframe(self):
+        """A row per verdict, as pandas' or polars' data frame.
+
+        Raises:
+          UserError: if neither is installed.
+        """
+        rows = [
+                {
+                    "first": each.first, "second": each.second, "metric": each.column.metric,
+                    "setting": each.column.setting, "winner": each.winner,
+                    **each.result.difference._asdict(),
+                    "p_value": each.result.p_value, "p_adjusted": each.p_value,
+                }
+                for each in self.verdicts
+            ]  # fmt: skip
+        return shown.to_dataframe(shown.to_arrow(rows))
 
     def of(self, first: str, second: str) -> list[Verdict]:
         """Those of two encoders, in the order of the columns."""
@@ -156,6 +191,29 @@ def compare(workdir: Path, found: Results, columns: Sequence[Compared]) -> Compa
     return Comparison(tuple(verdicts))
 
 
+def compare_summaries(first: Summary, second: Summary, names: tuple[str, str]) -> Comparison:
+    """Compares two encoders by what one job each found on the same images.
+
+    Args:
+      first, second: with their values, as `Job.run` returns them.
+      names: of the encoders.
+
+    Raises:
+      UserError: if they were not asked for the same, on the same images.
+    """
+    asked = [_asked(each) for each in (first, second)]
+    for key in dict.fromkeys((*asked[0], *asked[1])):
+        mine, other = (each.get(key) for each in asked)
+        if mine != other:
+            raise UserError(
+                f"Expected two runs that differ in nothing but the encoder, got {key} "
+                f"{told(mine)} and {told(other)}."
+            )
+    found = Results(dict(zip(zip(names, ("run", "run")), (first, second))), {})
+    shared = [c for by in (False, True) for c in columns(found.numbers, labels=by)]
+    return compare(Path(), found, shared)
+
+
 def compare_values(first: Values, second: Values) -> Paired | None:
     """The comparison over the images that both have a value for; None where there are none."""
     x, y = _by_image(first), _by_image(second)
@@ -179,7 +237,7 @@ def _values(workdir: Path, found: Results, encoder: str) -> Iterator[tuple[tuple
             continue
         folder, siblings = workdir / encoder / stage, found.siblings(encoder, stage)
         try:
-            for each in JOBS[summary.job].values(folder, summary, siblings):
+            for each in summary.values or JOBS[summary.job].values(folder, summary, siblings):
                 setting = tuple(getattr(each, field) for field in SETTINGS)
                 yield (stage, each.metric, *setting), each
         except (UserError, OSError, KeyError, TypeError):

@@ -6,17 +6,18 @@ A `Row` goes from the job to `summary.json`, `RESULTS.csv`, the terminal and the
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ur_jax.errors import DamagedError, UserError
 from ur_jax.metrics.registry import METRICS
-from ur_jax.runs import files
+from ur_jax.runs import files, shown
 from ur_jax.runs.provenance import SCHEMA, provenance
+from ur_jax.runs.shown import Shown
 from ur_jax.stats.intervals import Estimate
+from ur_jax.types import Values
 
 SETTINGS = ("divergence", "eps", "step", "radius", "images")
 """What a number was measured under; None where it does not apply."""
@@ -92,7 +93,7 @@ def of_asked(
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Summary:
+class Summary(Shown):
     """What a finished job reports; prints as a table.
 
     Attributes:
@@ -104,6 +105,8 @@ class Summary:
       details: what this kind of job adds, JSON values: samples drawn, a probe's history.
       provenance: versions, device and commit, see `runs.provenance`.
       files: {name: SHA-256} of the tables that were written with it.
+      values: what the numbers sum up, image by image, for `compare`; kept in the tables, and not in
+        `summary.json`: a summary that is read there has none.
       schema: version of the layout.
     """
 
@@ -116,12 +119,15 @@ class Summary:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=provenance)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     schema: int = SCHEMA
+    values: tuple[Values, ...] = dataclasses.field(default=(), compare=False)
 
     def write(self, folder: Path) -> None:
         """Writes `summary.json`, atomically, with the hashes of the tables beside it."""
         tables = [path for path in sorted(folder.glob("*.parquet")) if path.stem not in _VARYING]
         whole = dataclasses.replace(self, files={t.name: files.file_hash(t) for t in tables})
-        files.write_json(folder / "summary.json", dataclasses.asdict(whole))
+        content = {k: v for k, v in vars(whole).items() if k != "values"}
+        content["rows"] = [dataclasses.asdict(row) for row in self.rows]
+        files.write_json(folder / "summary.json", content)
 
     def damaged_tables(self, folder: Path) -> list[str]:
         """Names of the tables that are not as they were written with this summary."""
@@ -181,42 +187,14 @@ class Summary:
         Raises:
           UserError: if neither is installed; `to_arrow` needs none.
         """
-        table = self.to_arrow()
-        try:
-            return table.to_pandas()
-        except ImportError:
-            pass
-        try:
-            import polars  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise UserError(
-                "A data frame needs pandas or polars: install one, or use to_arrow()."
-            ) from None
-        return polars.from_arrow(table)
+        return shown.to_dataframe(self.to_arrow())
 
     def __rich__(self):
         """The table, for `rich`."""
         return table(self.title, self.rows)
 
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=100, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
-
     def __repr__(self) -> str:
         return f"Summary({self.title!r}, {len(self.rows)} numbers)"
-
-    def _repr_mimebundle_(self, include: Sequence[str] = (), exclude: Sequence[str] = (), **_):
-        """The table, for a notebook."""
-        from rich.console import Console
-
-        console = Console(width=100, record=True, file=io.StringIO())
-        console.print(self)
-        html = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-        return {"text/plain": str(self), "text/html": html}
 
 
 def table(title: str, rows: Iterable[Row], divergence: str = "l2"):

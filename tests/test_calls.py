@@ -1,0 +1,132 @@
+"""The calls of a notebook are the jobs of the command line, on images in any form."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import ur_jax
+from ur_jax import data
+from ur_jax.errors import UserError
+from ur_jax.jobs import EvaluationConfig, LabelFree
+from ur_jax.jobs.progress import quiet
+
+TINY = {"num_images": 8, "eps": (0.05,), "read_at": (1, 2), "overlap_steps": 1}
+TINY |= {"breakaway_steps": 1, "batch_size": 8}
+
+
+def forward(weights, images):
+    return jnp.tanh(images.reshape(len(images), -1) @ weights)
+
+
+def make(seed):
+    """An encoder of one layer."""
+    weights = np.random.default_rng(seed).normal(size=(192, 5)).astype(np.float32)
+    return ur_jax.from_fn(forward, weights, input_size=(8, 8))
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def found(pixels):
+    """What two encoders give by one call each."""
+    encoders = [make(seed) for seed in (0, 1)]
+    return [ur_jax.evaluate(encoder, pixels, **TINY) for encoder in encoders]
+
+
+def test_a_call_is_the_job(pixels, found):
+    protocol = EvaluationConfig(**TINY, num_distribution=None)
+    job = LabelFree(encoder=make(0), images=pixels, protocol=protocol)
+    assert job.run(progress=quiet).rows == found[0].rows
+    assert found[0].to_dataframe()["n"].max() == 12 and "universal" in str(found[0])
+
+
+def test_images_in_any_form_are_the_same_images(pixels):
+    torch = pytest.importorskip("torch")
+    hashes = {
+        data.as_source(images).content_hash
+        for images in (
+            pixels,
+            pixels.astype(np.float32) / 255,
+            list(pixels),
+            torch.tensor(pixels).permute(0, 3, 1, 2).double() / 255,
+        )
+    }
+    assert len(hashes) == 1
+    pictures = [Image.fromarray(each) for each in pixels]
+    rows = [{"image": picture, "label": place % 2} for place, picture in enumerate(pictures)]
+    table = Rows(rows)
+    assert np.array_equal(data.as_source(pictures)[3].pixels, pixels[3])
+    source = data.as_source(table)
+    assert source.class_names == ("cat", "dog") and source[3].label == source.label(3) == 1
+    assert np.array_equal(source[3].pixels, pixels[3])
+
+
+class Rows(list):
+    """As a `datasets.Dataset`: rows, and what its columns are."""
+
+    features = {"image": None, "label": types.SimpleNamespace(names=["cat", "dog"])}
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (np.zeros((8, 8, 3), np.uint8), r"shape \(8, 8, 3\)"),
+        (np.full((2, 8, 8, 3), 255.0), "0 to 255|255 to 255"),
+        (np.full((2, 8, 8, 3), np.nan), r"\[0,1\]"),
+        (np.zeros((2, 8, 8, 3), np.int32), "int32"),
+        ([], "spec such as"),
+        (7, "spec such as"),
+        ([np.zeros((8, 8, 3)), np.zeros((9, 8, 3))], "one shape"),
+    ],
+)
+def test_what_are_no_images(images, message):
+    with pytest.raises(UserError, match=message):
+        data.as_source(images)
+
+
+def test_compared_image_by_image(pixels, found, tmp_path):
+    comparison = ur_jax.compare(*found)
+    assert comparison.verdicts and "decided" in str(comparison) + "better decided"
+    assert {"winner", "p_adjusted", "low"} <= set(comparison.to_dataframe().columns)
+    # From a folder: the same.
+    encoder = make(0)
+    ur_jax.evaluate(encoder, pixels, out=tmp_path / "run", **TINY)
+    again = ur_jax.compare(tmp_path / "run", found[1])
+    assert [v.result for v in again.verdicts] == [v.result for v in comparison.verdicts]
+    other = ur_jax.evaluate(encoder, pixels, **(TINY | {"eps": (0.1,)}))
+    with pytest.raises(UserError, match="differ in nothing but the encoder, got protocol"):
+        ur_jax.compare(other, found[1])
+    with pytest.raises(UserError, match="finished run"):
+        ur_jax.compare(tmp_path, found[1])
+
+
+def test_certify_is_a_room_and_a_call(pixels):
+    encoder = make(0)
+    settings = {"num_images": 2, "n0": 300, "n": 512, "alpha1": 0.05, "alpha2": 0.05, "delta": 0.15}
+    summary = ur_jax.certify(encoder, pixels, **settings)  # pyright: ignore
+    assert summary.job == "certify" and summary.rows[0].n == 2
+    with pytest.raises(UserError, match="sigam.*sigma"):
+        ur_jax.certify(encoder, pixels, sigam=0.5)  # pyright: ignore
+    with pytest.raises(UserError, match="preset"):
+        ur_jax.evaluate(encoder, pixels, preset="quik")
+
+
+def test_importing_costs_nothing_until_something_is_used():
+    code = "import sys, ur_jax; assert 'jax' not in sys.modules; ur_jax.metrics; ur_jax.u_pgd"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'evalute'"):
+        ur_jax.evalute  # noqa: B018
+    assert {"attacks", "evaluate", "Encoder"} <= set(dir(ur_jax))
