@@ -103,8 +103,9 @@ def certify(
     few = {"num_images": min(job.num_images, len(source))}
     few["num_distribution"] = min(job.num_distribution, len(source))
     config = dataclasses.replace(config, **changed)
+    changes: dict[str, Any] = few | own
     return Certify(
-        encoder=encoder, images=source, probe=probe, config=config, **(few | own)
+        encoder=encoder, images=source, probe=probe, config=config, **changes
     ).run(out)  # fmt: skip
 
 
@@ -123,11 +124,11 @@ def compare(first: Summary | str | os.PathLike, second: Summary | str | os.PathL
     """
     from ur_jax.report import paired
 
-    summaries = [_with_values(each) for each in (first, second)]
-    names = [str(each.identity.get("encoder") or "?") for each in summaries]
+    x, y = _with_values(first), _with_values(second)
+    names = str(x.identity.get("encoder")), str(y.identity.get("encoder"))
     if names[0] == names[1]:
-        names = [f"{names[0]} (first)", f"{names[1]} (second)"]
-    return paired.compare_summaries(*summaries, (names[0], names[1]))
+        names = f"{names[0]} (first)", f"{names[1]} (second)"
+    return paired.compare_summaries(x, y, names)
 
 
 def _with_values(run: Summary | str | os.PathLike) -> Summary:

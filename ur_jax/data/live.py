@@ -62,7 +62,7 @@ class ArrayImages(ImageSource):
     def content_hash(self) -> str:
         """16 hex digits over the pixels and labels."""
         digest = hashlib.sha256(f"{self.pixels.shape} {self.class_names}".encode())
-        digest.update(np.ascontiguousarray(self.pixels))
+        digest.update(np.ascontiguousarray(self.pixels).data)
         digest.update(b"" if self.labels is None else self.labels.astype(np.int64).tobytes())
         return digest.hexdigest()[:16]
 
