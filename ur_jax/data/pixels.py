@@ -8,11 +8,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ur_jax.checks import check_type, whole_number
-from ur_jax.errors import UserError, shown, unknown_name
+from ur_jax.encoders.preparation import NAMED, parse_preparation
+from ur_jax.errors import UserError, shown
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 _LARGEST_SIDE = 65_535  # of a JPEG
-PREPARATIONS = ("resize", "resize_crop")
+PREPARATIONS = NAMED
 
 
 def decode(file: BinaryIO) -> Image.Image:
@@ -68,17 +69,16 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
 
 
-def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resizes to size = (H, W) by Pillow's bilinear filter; the aspect ratio is not kept."""
+def resize(image: Image.Image, size: tuple[int, int], filter: str = "bilinear") -> Image.Image:
+    """Resizes to size = (H, W) by a filter of Pillow's; the aspect ratio is not kept."""
     check_image(image)
     height, width = check_size(size)
+    kind = Image.Resampling[filter.upper()]
     # One call per axis, width first: Pillow 13 would choose another order for some tall images.
-    return image.resize((width, image.height), Image.Resampling.BILINEAR).resize(
-        (width, height), Image.Resampling.BILINEAR
-    )
+    return image.resize((width, image.height), kind).resize((width, height), kind)
 
 
-def resize_shorter(image: Image.Image, shorter: int) -> Image.Image:
+def resize_shorter(image: Image.Image, shorter: int, filter: str = "bilinear") -> Image.Image:
     """Resizes the shorter side to `shorter` and the longer one to int(shorter * longer / its old).
 
     Raises:
@@ -93,14 +93,16 @@ def resize_shorter(image: Image.Image, shorter: int) -> Image.Image:
             f"Expected an image that stays below {Image.MAX_IMAGE_PIXELS} pixels when its shorter "
             f"side becomes {shorter}, got {image.width}x{image.height}; crop it beforehand."
         )
-    return resize(image, (longer, shorter) if image.height > image.width else (shorter, longer))
+    size = (longer, shorter) if image.height > image.width else (shorter, longer)
+    return resize(image, size, filter)
 
 
-def central_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Cuts out the central (H, W); an odd margin is split by rounding half to even."""
+def central_crop(image: Image.Image, size: tuple[int, int], *, floor: bool = False) -> Image.Image:
+    """Cuts out the central (H, W); an odd margin is split by rounding half to even, or down."""
     check_image(image)
     height, width = check_size(size)
-    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    split = (lambda margin: margin // 2) if floor else (lambda margin: round(margin / 2))
+    top, left = split(image.height - height), split(image.width - width)
     return image.crop((left, top, left + width, top + height))
 
 
@@ -130,9 +132,7 @@ def check_size(size: tuple[int, int], what: str = "size") -> tuple[int, int]:
 
 def check_preparation(preparation: str) -> None:
     """Raises UserError for a preparation that there is not."""
-    check_type("preparation", preparation, str)
-    if preparation not in PREPARATIONS:
-        raise unknown_name("preparation", preparation, PREPARATIONS)
+    parse_preparation(preparation)
 
 
 def prepare(image: Image.Image, *, input_size: tuple[int, int], preparation: str) -> np.ndarray:
@@ -141,10 +141,21 @@ def prepare(image: Image.Image, *, input_size: tuple[int, int], preparation: str
     Args:
       image: an RGB image of any size.
       input_size: (H, W).
-      preparation: "resize", or "resize_crop" (shorter side to 256/224 of the input, central crop).
+      preparation: "resize", "resize_crop" (shorter side to 256/224 of the input, central crop), or
+        another of `ur_jax.encoders.preparation`.
 
     Returns:
       (H, W, 3) uint8; the encoder's pixels are these / 255.
     """
-    check_preparation(preparation)
-    return np.asarray((resize if preparation == "resize" else resize_crop)(image, input_size))
+    kind = parse_preparation(preparation)
+    if kind.shorter is None:
+        return np.asarray(resize(image, input_size, kind.filter))
+    if kind.shorter == 0:
+        return np.asarray(resize_crop(image, input_size))
+    if kind.shorter < max(input_size):
+        raise UserError(
+            f"Expected a shorter side of at least the input's {max(input_size)} pixels before the "
+            f"crop, got the preparation {preparation!r}."
+        )
+    resized = resize_shorter(image, kind.shorter, kind.filter)
+    return np.asarray(central_crop(resized, input_size, floor=kind.floor))

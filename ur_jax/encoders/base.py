@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ from jax.core import Tracer
 from jaxtyping import Float, Float32
 
 from ur_jax.checks import check_array, check_pixels
+from ur_jax.encoders.preparation import parse_preparation
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.types import AnyArray, Array, Images, PyTree
 
-PREPARATIONS = ("resize", "resize_crop")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -54,8 +54,8 @@ class Encoder:
       apply_fn: pure and jittable, (params, normalised images (B,H,W,3)) -> (B,D).
       name: name in tables and records.
       input_size: height and width of the images.
-      preparation: how an image file becomes an input: "resize" to the input size, or "resize_crop"
-        (shorter side resized, then the centre cropped). See `ur_jax.data`.
+      preparation: how an image file becomes an input: "resize" to the input size, "resize_crop"
+        (shorter side resized, then the centre cropped), or another of `encoders.preparation`.
       mean: per-channel mean that f subtracts.
       std: per-channel standard deviation that f divides by.
       representation: which output of the network this is.
@@ -68,7 +68,7 @@ class Encoder:
     apply_fn: Callable[[PyTree, Array], Array] = struct.field(pytree_node=False)
     name: str = struct.field(pytree_node=False)
     input_size: tuple[int, int] = struct.field(pytree_node=False)
-    preparation: Literal["resize", "resize_crop"] = struct.field(pytree_node=False)
+    preparation: str = struct.field(pytree_node=False)
     mean: tuple[float, float, float] = struct.field(pytree_node=False)
     std: tuple[float, float, float] = struct.field(pytree_node=False)
     representation: str = struct.field(pytree_node=False)
@@ -143,7 +143,7 @@ def from_fn(
         `dtype`.
       input_size: height and width of the images, in pixels.
       name: name in tables and records.
-      preparation: "resize" or "resize_crop", see `Encoder`.
+      preparation: "resize", "resize_crop" or another, see `Encoder`.
       mean: per-channel mean to subtract from the [0,1] pixels.
       std: per-channel standard deviation to divide by, > 0.
       representation: name of the output.
@@ -163,8 +163,7 @@ def from_fn(
         raise UserError(
             f"Expected a function of (params, images) as apply_fn, got {type(apply_fn).__name__}."
         )
-    if preparation not in PREPARATIONS:
-        raise unknown_name("preparation", preparation, PREPARATIONS)
+    parse_preparation(preparation)
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     size, mean, std = _size(input_size), _channels("mean", mean), _channels("std", std)

@@ -59,15 +59,7 @@ def save_encoder(
     path = _absolute(path)
     if missing := {"encoder", "config"} - set(metadata):
         raise UserError(f"Expected metadata with {sorted(missing)}, got {sorted(metadata)}.")
-    # All have looked before one of them writes.
-    if hosts.on_all_hosts(is_saved(path)).any():
-        if not overwrite:
-            raise UserError(
-                f"Expected a new directory, but {path} exists; name another, remove it or "
-                "overwrite it (overwrite=True, --overwrite)."
-            )
-        if not (path / _ORBAX).exists():
-            raise UserError(f"Expected a checkpoint to overwrite, but {path} is something else.")
+    check_new(path, overwrite=overwrite)
     variables = jax.tree.map(np.asarray, variables)
     added = {"format": _FORMAT, "weights_sha256": tree_hash(variables), "versions": _versions()}
     record = json.loads(json.dumps({**metadata, **added}))
@@ -98,6 +90,20 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), os.fspath(path)) from error
+
+
+def check_new(path: str | os.PathLike, *, overwrite: bool) -> None:
+    """Raises UserError if a checkpoint may not be written to a path; on all hosts."""
+    path = _absolute(path)
+    # All have looked before one of them writes.
+    if hosts.on_all_hosts(is_saved(path)).any():
+        if not overwrite:
+            raise UserError(
+                f"Expected a new directory, but {path} exists; name another, remove it or "
+                "overwrite it (overwrite=True, --overwrite)."
+            )
+        if not (path / _ORBAX).exists():
+            raise UserError(f"Expected a checkpoint to overwrite, but {path} is something else.")
 
 
 def write_manifest(path: str | os.PathLike) -> None:

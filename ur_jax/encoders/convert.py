@@ -1,7 +1,10 @@
-"""Converts a published PyTorch file into a checkpoint that needs no PyTorch.
+"""Converts a published PyTorch file, or any network of PyTorch, to a checkpoint without PyTorch.
 
     ur-jax convert-weights --list
     ur-jax convert-weights --encoder mocov2 --source FILE --out DIRECTORY
+    ur-jax convert-weights --encoder hf:facebook/dinov2-small --out DIRECTORY
+    ur-jax convert-weights --encoder timm:resnet50@weights.safetensors --out DIRECTORY
+    ur-jax convert-weights --encoder torch:file.py:make --input-size 224 --out DIRECTORY
 
 Every tensor of the file is either used or known by name to be unused; otherwise nothing is written
 and one error lists what is missing, unexpected or of another shape. The six adversarially
@@ -24,17 +27,19 @@ from rich.console import Console
 from rich.table import Table
 
 from ur_jax.encoders import checkpoints, mapping, torch_files
-from ur_jax.encoders.loading import representation_dimensions
+from ur_jax.encoders.bridge import places
+from ur_jax.encoders.loading import representation_dimensions, save_encoder
 from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import UserError, unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Converts a published PyTorch file into a checkpoint that needs no PyTorch."""
+    """Converts a PyTorch file, or any network of PyTorch, to a checkpoint without PyTorch."""
 
     encoder: str | None = None
-    """The encoder that the file holds; see --list."""
+    """The encoder that the file holds, see --list; or a network of PyTorch: torch:file.py:make,
+    timm:NAME[@WEIGHTS], hf:DIRECTORY or hf:ID[@REVISION]."""
     source: Path | None = None
     """The published file: .pth, .pth.tar, .pt (these need PyTorch) or .safetensors."""
     out: Path | None = None
@@ -45,6 +50,13 @@ class Config:
     """The entry of the file with the weights, such as state_dict_ema, where it has several."""
     representation: Literal["all", "backbone"] = "all"
     """backbone: convert no head, of a file that has none or one of another size."""
+    output: str | None = None
+    """Which output of a network of PyTorch: backbone (without a projection), or a name, with .cls,
+    .mean, .flat or .normalized after it. By default what the family's users take."""
+    input_size: str | None = None
+    """Pixels of a network of PyTorch, 224 or 224x336, where not its own."""
+    trust_remote_code: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Run code that a model of the hub brings along."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace a checkpoint that is at --out already."""
     list: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -53,8 +65,16 @@ class Config:
     def __post_init__(self):
         if self.list:
             return
-        if missing := [k for k in ("encoder", "source", "out") if getattr(self, k) is None]:
+        is_network = places.is_place(self.encoder or "")
+        needed = ("encoder", "out") if is_network else ("encoder", "source", "out")
+        if missing := [k for k in needed if getattr(self, k) is None]:
             raise UserError(f"Expected --list, or also --{', --'.join(missing)}.")
+        wrong = ("source", "prefix", "group") if is_network else ("output", "input_size")
+        if given := [k for k in wrong if getattr(self, k) is not None]:
+            what = "a network of PyTorch" if is_network else f"the file of {self.encoder}"
+            raise UserError(f"Expected no --{given[0].replace('_', '-')} with {what}.")
+        if is_network:
+            return
         valid = [name for name, spec in ENCODERS.items() if spec.rules]
         if self.encoder not in valid:
             raise unknown_name("encoder", f"{self.encoder}", valid)
@@ -64,6 +84,9 @@ def main(config: Config) -> None:
     """Converts one file, or prints the table."""
     if config.list:
         Console().print(encoder_table())
+        return
+    if places.is_place(config.encoder or ""):
+        _convert_network(config)
         return
     assert config.encoder and config.source and config.out  # `Config` has seen to it
     spec = ENCODERS[config.encoder]
@@ -95,6 +118,29 @@ def main(config: Config) -> None:
     place = shlex.quote(str(config.out))
     flags = f"--preset quick --encoder {place}{representation} --images demo --out DIR"
     lines.append(f"Next: ur-jax evaluate {flags}")
+    Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _convert_network(config: Config) -> None:
+    """Converts a network of PyTorch."""
+    assert config.encoder and config.out
+    text = config.encoder
+    if config.input_size is not None:
+        text += f",input_size={config.input_size}"
+    if config.trust_remote_code:
+        text += ",trust_remote_code=True"
+    checkpoints.check_new(config.out, overwrite=config.overwrite)
+    encoder = places.load(text, config.output or "paper")
+    save_encoder(config.out, encoder, overwrite=config.overwrite)
+    lines = [f"Wrote {config.out}: {encoder!r}"]
+    arguments = encoder.origin.arguments
+    if revision := arguments.get("revision"):
+        lines.append(f"Revision: {revision}")
+    hashes = arguments.get("sha256") or {}
+    for name, digest in {"weights": hashes}.items() if isinstance(hashes, str) else hashes.items():
+        lines.append(f"SHA-256 of {name}: {digest}")
+    place = shlex.quote(str(config.out))
+    lines.append(f"Next: ur-jax evaluate --preset quick --encoder {place} --images demo --out DIR")
     Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 

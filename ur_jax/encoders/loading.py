@@ -19,6 +19,7 @@ import numpy as np
 from ur_jax.encoders import checkpoints, factories, mapping
 from ur_jax.encoders.base import Encoder, Origin, from_fn
 from ur_jax.encoders.bridge import checkpoint as bridge_checkpoint
+from ur_jax.encoders.bridge import places
 from ur_jax.encoders.bridge.function import GraphFn
 from ur_jax.encoders.identity import described as described
 from ur_jax.encoders.networks.layers import fold_batch_norm
@@ -53,8 +54,9 @@ def load_encoder(
     Args:
       path: a checkpoint directory that `ur-jax convert-weights`, training or `save_encoder` made; a
         published file (`.pth`, `.pth.tar`, `.pt`, `.safetensors`); "demo", which ships with the
-        package; or a function of your own that returns an `Encoder`: "package.module:make" or
-        "file.py:make", with arguments "file.py:make,width=64".
+        package; a function of your own that returns an `Encoder`: "package.module:make" or
+        "file.py:make", with arguments "file.py:make,width=64"; or a network of PyTorch,
+        "torch:file.py:make", "timm:NAME", "hf:DIRECTORY", see `bridge.places`.
       name: which encoder a published file holds, see `list_encoders`; a checkpoint knows its own.
       representation: "paper" (what the paper evaluates), "features" (what its linear probe
         reads), "backbone", "projection" (the whole published head) or another output.
@@ -75,6 +77,10 @@ def load_encoder(
         file or checkpoint; for weights that are NaN or infinite.
     """
     location = os.fspath(path)
+    if places.is_place(location):
+        if name is not None:
+            raise UserError(f"Expected no name with the network {location}, got {name!r}.")
+        return places.load(location, representation, dtype)
     if factories.is_place(location) and not os.path.exists(location):
         if name is not None:
             raise UserError(f"Expected no name with the function {location}, got {name!r}.")
@@ -197,12 +203,15 @@ def is_loadable(path: str | os.PathLike) -> bool:
         or "://" in location
         or os.path.exists(location)
         or factories.is_place(location)
+        or places.is_place(location)
     )
 
 
 def is_own(path: str | os.PathLike) -> bool:
     """Whether what `load_encoder` takes names a user's own function, or a checkpoint of one's."""
     location = os.fspath(path)
+    if places.is_place(location):
+        return True
     if not os.path.exists(location) and factories.is_place(location):
         return True
     return _kind(_located(location)) in ("own", "bridge")

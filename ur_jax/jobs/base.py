@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
@@ -56,6 +56,7 @@ class Pictures(Protocol):
 
 
 EncoderLike = Encoder | str
+Representation = Annotated[str, tyro.conf.arg(aliases=("--output",))]
 ImagesLike = ImageSource | str | Pictures
 """What `data.as_source` takes; on a command line a spec."""
 ProbeLike = Classifier | str
@@ -100,13 +101,15 @@ class Job(abc.ABC):
     """Named settings; the first one is the default."""
 
     encoder: EncoderLike = tyro.MISSING
-    """Checkpoint directory, published file (with --name), an encoder that ships (demo), or a
-    function that makes one: package.module:make or file.py:make."""
+    """Checkpoint directory, published file (with --name), an encoder that ships (demo), a function
+    that makes one (package.module:make or file.py:make), or a network of PyTorch:
+    torch:file.py:make, timm:NAME[@WEIGHTS], hf:DIRECTORY or hf:ID[@REVISION], each with arguments
+    after it, as in hf:DIRECTORY,input_size=336,trust_remote_code=True."""
     images: ImagesLike = tyro.MISSING
     """Image spec: folder:PATH, tfds:NAME/SPLIT or demo."""
     name: str | None = None
     """Which encoder a published file holds."""
-    representation: str = "paper"
+    representation: Representation = "paper"
     """paper, backbone, projection or another output of the network."""
     dtype: str = "float32"
     """float32 or bfloat16."""

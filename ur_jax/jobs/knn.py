@@ -24,7 +24,7 @@ from ur_jax.checks import check_whole
 from ur_jax.data import check_batch_size, evenly_spaced, labels
 from ur_jax.errors import UserError
 from ur_jax.jobs import parts
-from ur_jax.jobs.base import ImagesLike, Job, Session, register
+from ur_jax.jobs.base import ImagesLike, Job, Representation, Session, register
 from ur_jax.metrics.checks import check_spread
 from ur_jax.runs.summary import Row, Summary
 
@@ -52,7 +52,7 @@ class Knn(Job):
     """Images per batch, over all devices."""
     class_map: tuple[str, ...] = ()
     """THEIRS=OURS each: classes of the test images whose names differ from the voting ones'."""
-    representation: str = "features"
+    representation: Representation = "features"
     """features (what probes read: of most networks the backbone), paper, backbone, projection or
     another output."""
 

@@ -23,7 +23,7 @@ from ur_jax.encoders import factories, loading
 from ur_jax.encoders.base import Encoder
 from ur_jax.encoders.outputs import with_representation
 from ur_jax.errors import UserError
-from ur_jax.jobs.base import Job
+from ur_jax.jobs.base import Job, Representation
 from ur_jax.jobs.certify import Certify
 from ur_jax.jobs.impersonate import Impersonate, ImpersonationConfig
 from ur_jax.jobs.label_free import EvaluationConfig, LabelFree
@@ -100,7 +100,7 @@ class Config:
     """Print the plan and stop."""
     compile_only: str | None = None
     """A TPU topology such as v5e:16x16: compile every hot function for it and stop."""
-    representation: str = "paper"
+    representation: Representation = "paper"
     """paper, backbone, projection or another output of the network; probes read `features`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation."""

@@ -33,7 +33,7 @@ from ur_jax.devices import hosts
 from ur_jax.encoders import checkpoints
 from ur_jax.errors import DamagedError, UserError
 from ur_jax.jobs import parts, probe_training
-from ur_jax.jobs.base import ImagesLike, Job, Session, register
+from ur_jax.jobs.base import ImagesLike, Job, Representation, Session, register
 from ur_jax.probes import linear
 from ur_jax.probes.checkpoint import restore_probe, save_probe
 from ur_jax.probes.classifier import Classifier
@@ -68,7 +68,7 @@ class Probe(Job):
     """Of weights, order, crops and noise."""
     class_map: tuple[str, ...] = ()
     """THEIRS=OURS each: classes of the test images whose names differ from the training's."""
-    representation: str = "features"
+    representation: Representation = "features"
     """features (what the paper's probes read), paper, backbone, projection or another output."""
     views: tyro.conf.OmitArgPrefixes[ViewConfig] = ViewConfig()
     training: tyro.conf.OmitArgPrefixes[ProbeConfig] = ProbeConfig()

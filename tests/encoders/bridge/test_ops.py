@@ -116,6 +116,7 @@ CASES = [
     ("aten.split.Tensor", dict(self=X, split_size=4, dim=-1)),
     ("aten.chunk.default", dict(self=X, chunks=3, dim=-1)),
     ("aten.unbind.int", dict(self=X, dim=-2)),
+    *(("aten.unfold.default", dict(self=X, dimension=d, size=3, step=s)) for d, s in ((-1, 2), (2, 1))),
     ("aten.repeat.default", dict(self=real(2, 3), repeats=[2, 1, 2])),
     ("aten.flip.default", dict(self=X, dims=[-1, 1])),
     ("aten.roll.default", dict(self=X, shifts=[-3, 2], dims=[2, 3])),

@@ -84,7 +84,7 @@ def from_torch(
             "preparation": preparation,
             "mean": mean,
             "std": std,
-            "representation": output or "paper",
+            "representation": picked.label,
         }
         params = {key: jnp.asarray(value) for key, value in tensors.items()}
         function = GraphFn(dumps(graph, tensors))
@@ -199,6 +199,7 @@ def _Picked(torch: Any, module: Any, wanted: str, poolings: tuple[str, ...]) -> 
         def __init__(self):
             super().__init__()
             self.module = module
+            self.label = ".".join((wanted, *poolings))
 
         def forward(self, images):
             x = dict(_entries(torch, self.module(images)))[wanted]

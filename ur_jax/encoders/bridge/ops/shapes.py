@@ -138,6 +138,17 @@ def unbind(self, dim=0):
     return [select(self, dim, i) for i in range(self.shape[dim])]
 
 
+@row("aten::unfold(Tensor(a) self, int dimension, int size, int step) -> Tensor(a)")
+def unfold(self, dimension, size, step):
+    """Windows along an axis, each in a new last axis."""
+    axis = dimension % self.ndim
+    count = (self.shape[axis] - size) // step + 1
+    at = [
+        jax.lax.slice_in_dim(self, i, i + (count - 1) * step + 1, step, axis) for i in range(size)
+    ]
+    return jnp.stack(at, -1)
+
+
 @row("aten::repeat(Tensor self, SymInt[] repeats) -> Tensor")
 def repeat(self, repeats):
     sized(jnp.size(self), *repeats)
