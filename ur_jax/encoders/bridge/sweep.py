@@ -25,7 +25,7 @@ import numpy as np
 _SMALL = """test atto femto pico nano tiny mini xxt xxs xt xs x0_5 050 s0 b0 m0 t0 18 10 14 small
     _s_ _s mobile lite 26 b1 s1 xsmall zepto""".split()
 _LARGE = ("large", "giant", "huge", "enormous", "gigantic", "so400m", "412m", "570m", "_7b")
-_BATCH, _REPEATS = 4, 3
+_BATCH, _REPEATS = 4, 2
 
 
 def chosen(per_file: int = 2) -> list[tuple[str, str]]:
@@ -41,10 +41,13 @@ def chosen(per_file: int = 2) -> list[tuple[str, str]]:
         large(name) + next((i for i, word in enumerate(_SMALL) if word in name), len(_SMALL))
     )
     size = lambda name: max((timm.get_pretrained_cfg(name) or _Unknown).input_size)
+    key = lambda n: (large(n), size(n), rank(n), len(n), n)
+    ranked = {file: sorted(names, key=key) for file, names in sorted(files.items())}
     return [
-        (file, name)
-        for file, names in sorted(files.items())
-        for name in sorted(names, key=lambda n: (large(n), size(n), rank(n), len(n), n))[:per_file]
+        (file, names[place])
+        for place in range(per_file)
+        for file, names in ranked.items()
+        if place < len(names)
     ]
 
 
