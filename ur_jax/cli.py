@@ -48,6 +48,8 @@ _registry.struct_rule(chosen.rule)
 _SCRIPTS = {
     "benchmark": "ur_jax.jobs.benchmark",
     "report": "ur_jax.report.build",
+    "card": "ur_jax.report.card",
+    "leaderboard": "ur_jax.report.leaderboard",
     "compare-certificates": "ur_jax.jobs.compare_certificates",
     "convert-weights": "ur_jax.encoders.convert",
     "throughput": "ur_jax.performance.command",
@@ -57,7 +59,7 @@ _SCRIPTS = {
 }
 """Commands that are no jobs, and their modules."""
 
-_WITHOUT_DEVICES = ("report", "verify", "repair")
+_WITHOUT_DEVICES = ("report", "card", "leaderboard", "verify", "repair")
 """Commands that only read and write files, so that they may run while a benchmark does."""
 
 _GLOBAL_FLAGS = {

@@ -74,7 +74,7 @@ def test_the_report_is_one_file(workdir, tmp_path, capsys):
         path = workdir / "figures" / f"{name}.png"
         assert Image.open(path).size[0] > 800 and path.with_suffix(".pdf").stat().st_size > 1000
     assert "33 stages" in capsys.readouterr().out
-    curves, _ = figures.gather(workdir, collect.collect(workdir))
+    curves, _ = figures.gather(collect.collect(workdir))
     figure = figures.draw(curves["margin-ratio"], ("middle", "strong", "weak"))
     figures.save(figure, tmp_path / "again")  # the same bytes
     saved = (workdir / "figures" / "margin-ratio.pdf").read_bytes()
@@ -171,7 +171,7 @@ def test_numbers_near_zero_keep_their_digits():
 
 def test_curves_share_panels_and_each_encoder_looks_the_same(workdir, tmp_path):
     found = collect.collect(workdir)
-    curves, problems = figures.gather(workdir, found)
+    curves, problems = figures.gather(found)
     assert not problems
     assert list(curves)[:3] == ["distance-eps-0.05", "distance-eps-0.1", "margin-ratio"]
     assert list(curves["distance-eps-0.1"]) == ["untargeted, eps 0.1", "targeted, eps 0.1"]
@@ -202,7 +202,7 @@ def test_curves_share_panels_and_each_encoder_looks_the_same(workdir, tmp_path):
 def test_curves_of_an_unknown_job_are_said_to_be_missing(workdir):
     found = collect.collect(workdir)
     with JOBS.replaced("evaluate", cast(Any, None)):
-        _, problems = figures.gather(workdir, found)
+        _, problems = figures.gather(found)
     assert len(problems) == 15 and all("no job 'evaluate'" in line for line in problems)
 
 

@@ -133,14 +133,8 @@ def make_page(material: Material) -> page.Page:
         "numbers are in RESULTS.csv."
     )
     drawn, shown = list(_curves(material)), list(_pictures(material))  # both may find problems
-    by_labels = [compare.columns(found.numbers, labels=labels) for labels in (False, True)]
-    columns = [column for each in by_labels for column in each]
-    compared = paired.compare(material.workdir, found, columns)
     sections = (
-        Section("verdict", "Which is more robust?", list(_verdict(material, columns, compared))),
-        Section("labels-free", "Without labels", list(_table(material, by_labels[0], compared))),
-        Section("labels", "With labels", list(_table(material, by_labels[1], compared))),
-        Section("measures", "What the measures are", list(_glossary(columns))),
+        *comparison(found, material.encoders),
         Section("curves", "Curves", drawn),
         Section("pictures", "Pictures", shown),
         Section("correlation", "Do they agree?", list(_correlation(found))),
@@ -171,11 +165,24 @@ _NOTHING = page.Paragraph("Nothing is finished yet.", "soft")
 """What stands where there is nothing yet."""
 
 
+def comparison(found: collect.Results, encoders: Sequence[str]) -> Iterator[Section]:
+    """The sections that say which encoder is more robust, by what, and what that is."""
+    by_labels = [compare.columns(found.numbers, labels=labels) for labels in (False, True)]
+    columns = [column for each in by_labels for column in each]
+    compared = paired.compare(found, columns)
+    tables = [list(_table(encoders, each, compared)) for each in by_labels]
+    meanings = [page.glossary(columns) if columns else _NOTHING]
+    yield Section("verdict", "Which is more robust?", list(_verdict(encoders, columns, compared)))
+    yield Section("labels-free", "Without labels", tables[0])
+    yield Section("labels", "With labels", tables[1])
+    yield Section("measures", "What the measures are", meanings)
+
+
 def _verdict(
-    material: Material, columns: Sequence[Compared], compared: Comparison
+    encoders: Sequence[str], columns: Sequence[Compared], compared: Comparison
 ) -> Iterator[Block]:
     """What the comparison image by image says, first of two encoders each, then of all."""
-    if len(material.encoders) < 2:
+    if len(encoders) < 2:
         yield page.Paragraph("One encoder: there is nothing to compare it with.", "soft")
         return
     if not compared.verdicts:
@@ -187,7 +194,7 @@ def _verdict(
         "medians by the sign test, shares by McNemar's, means by Gaffke's bounds.",
         "soft",
     )
-    pairs = list(itertools.combinations(material.encoders, 2))
+    pairs = list(itertools.combinations(encoders, 2))
     folds = [_pair(compared, *pair, is_open=len(pairs) == 1) for pair in pairs]
     if len(pairs) == 1:
         yield from folds
@@ -213,7 +220,7 @@ def _pair(compared: Comparison, first: str, second: str, *, is_open: bool) -> Bl
 
 
 def _table(
-    material: Material, columns: Sequence[Compared], compared: Comparison
+    encoders: Sequence[str], columns: Sequence[Compared], compared: Comparison
 ) -> Iterator[Block]:
     """The numbers of the encoders, with or without labels."""
     if not columns:
@@ -226,17 +233,12 @@ def _table(
         "soft",
     )
     winners = [compared.best(column) for column in columns]
-    yield page.comparison_table(material.encoders, columns, winners)
-
-
-def _glossary(columns: Sequence[Compared]) -> Iterator[Block]:
-    """What each measure of the tables is."""
-    yield page.glossary(columns) if columns else _NOTHING
+    yield page.comparison_table(encoders, columns, winners)
 
 
 def _curves(material: Material) -> Iterator[Block]:
     """All figures; each is also written as PNG and PDF."""
-    curves, problems = figures.gather(material.workdir, material.found)
+    curves, problems = figures.gather(material.found)
     material.problems.extend(problems)
     for name, panels in curves.items():
         figure = figures.draw(panels, material.encoders)
@@ -340,7 +342,7 @@ def _numbers(found: collect.Results) -> Iterator[Block]:
     yield page.plain_table(columns, identifier="all-numbers", text=text)
 
 
-def _short_commit(commit: str) -> str:
+def short_commit(commit: str) -> str:
     """The first digits of a commit, and whether there were changes besides."""
     return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
@@ -371,7 +373,7 @@ def _origin(material: Material) -> Iterator[Block]:
                 "device": made_by.get("device"),
                 "precision": made_by.get("matmul_precision"),
                 "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
-                "commit": _short_commit(str(made_by.get("commit", ""))),
+                "commit": short_commit(str(made_by.get("commit", ""))),
             }
         )
     columns = {name: [row[name] for row in rows] for name in rows[0]}

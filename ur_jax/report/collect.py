@@ -53,10 +53,12 @@ class Results(NamedTuple):
     Attributes:
       summaries: {(encoder, stage): its summary}, sorted.
       damaged: {(encoder, stage): why its summary cannot be read, with the file's name}.
+      folders: {(encoder, stage): where its tables lie}.
     """
 
     summaries: dict[tuple[str, str], Summary]
     damaged: dict[tuple[str, str], str]
+    folders: dict[tuple[str, str], Path]
 
     def __repr__(self) -> str:
         return f"Results({len(self.summaries)} stages, {len(self.damaged)} damaged)"
@@ -94,18 +96,18 @@ def collect(workdir: Path) -> Results:
     workdir = runs.as_folder(workdir)
     if not workdir.is_dir():
         raise UserError(f"Expected a working directory, found none at {workdir}.")
-    summaries, damaged = {}, {}
+    summaries, damaged, folders = {}, {}, {}
     for path in sorted(workdir.glob("*/*/summary.json")):
         place = path.parent.parent.name, path.parent.name
         if any(name.startswith(".") for name in place):
             continue
         try:
-            summaries[place] = Summary.read(path)
+            summaries[place], folders[place] = Summary.read(path), path.parent
         except (UserError, OSError) as error:
             damaged[place] = str(error)
     if not (summaries or damaged or any(workdir.glob("*/plan.json"))):
         raise UserError(_not_a_workdir(workdir))
-    return Results(summaries, damaged)
+    return Results(summaries, damaged, folders)
 
 
 def write_csv(path: Path, numbers: Iterable[Number]) -> None:

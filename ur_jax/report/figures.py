@@ -19,7 +19,7 @@ from ur_jax.jobs import JOBS
 from ur_jax.metrics import METRICS
 from ur_jax.report import canvas
 from ur_jax.report.collect import Results
-from ur_jax.runs import as_folder, atomic_path
+from ur_jax.runs import atomic_path
 from ur_jax.types import Curve
 
 if TYPE_CHECKING:
@@ -55,13 +55,12 @@ _STYLE = {
 
 
 def gather(
-    workdir: Path, found: Results
+    found: Results,
 ) -> tuple[dict[str, dict[str, dict[str, Curve]]], list[str]]:
     """The curves of all stages, as their jobs give them.
 
     Args:
-      workdir: the working directory.
-      found: what is in it.
+      found: what is in a working directory.
 
     Returns:
       {figure: {panel: {encoder: curve}}} in the order of the metrics, and a line for each stage
@@ -83,7 +82,7 @@ def gather(
                 "drawn; name its file by --plugin."
             )
             continue
-        folder = as_folder(workdir) / encoder / stage
+        folder = found.folders[encoder, stage]
         changed = summary.damaged_tables(folder)
         if changed:
             tables = ", ".join(str(folder / name) for name in changed)

@@ -1,6 +1,6 @@
 """Encoders compared image by image: on the same images, by every measure of the page's tables.
 
-    comparison = compare(workdir, found, columns)
+    comparison = compare(found, columns)
     for verdict in comparison.of("demo", "demo-robust"):
         print(verdict.sentence)
 
@@ -163,16 +163,15 @@ class Comparison(Shown):
         return text
 
 
-def compare(workdir: Path, found: Results, columns: Sequence[Compared]) -> Comparison:
+def compare(found: Results, columns: Sequence[Compared]) -> Comparison:
     """Compares every two encoders of a working directory.
 
     Args:
-      workdir: the working directory.
       found: its results.
       columns: the measures, from `compare.columns`; those that say neither what is robust nor have
         values per image are left out, as are stages whose images or settings differ.
     """
-    values = functools.cache(lambda encoder: dict(_values(workdir, found, encoder)))
+    values = functools.cache(lambda encoder: dict(_values(found, encoder)))
     results: list[tuple[str, str, Compared, Paired]] = []
     for column in columns:
         for first, second in itertools.combinations(column.cells, 2):
@@ -201,17 +200,18 @@ def compare_summaries(first: Summary, second: Summary, names: tuple[str, str]) -
     Raises:
       UserError: if they were not asked for the same, on the same images.
     """
-    asked = [_asked(each) for each in (first, second)]
-    for key in dict.fromkeys((*asked[0], *asked[1])):
-        mine, other = (each.get(key) for each in asked)
+    both = [asked(each) for each in (first, second)]
+    for key in dict.fromkeys((*both[0], *both[1])):
+        mine, other = (each.get(key) for each in both)
         if mine != other:
             raise UserError(
                 f"Expected two runs that differ in nothing but the encoder, got {key} "
                 f"{told(mine)} and {told(other)}."
             )
-    found = Results(dict(zip(zip(names, ("run", "run")), (first, second))), {})
+    places = (names[0], "run"), (names[1], "run")
+    found = Results(dict(zip(places, (first, second))), {}, dict.fromkeys(places, Path()))
     shared = [c for by in (False, True) for c in columns(found.numbers, labels=by)]
-    return compare(Path(), found, shared)
+    return compare(found, shared)
 
 
 def compare_values(first: Values, second: Values) -> Paired | None:
@@ -230,12 +230,12 @@ def _by_image(values: Values) -> dict[tuple, float]:
     return {key: float(v) for key, v in zip(keys, values.value) if not math.isnan(v)}
 
 
-def _values(workdir: Path, found: Results, encoder: str) -> Iterator[tuple[tuple, Values]]:
+def _values(found: Results, encoder: str) -> Iterator[tuple[tuple, Values]]:
     """(stage, metric and setting; values) of everything that an encoder's stages keep."""
     for (name, stage), summary in found.summaries.items():
         if name != encoder or summary.job not in JOBS:
             continue
-        folder, siblings = workdir / encoder / stage, found.siblings(encoder, stage)
+        folder, siblings = found.folders[name, stage], found.siblings(encoder, stage)
         try:
             for each in summary.values or JOBS[summary.job].values(folder, summary, siblings):
                 setting = tuple(getattr(each, field) for field in SETTINGS)
@@ -247,13 +247,13 @@ def _values(workdir: Path, found: Results, encoder: str) -> Iterator[tuple[tuple
 def _same_request(found: Results, stage: str, first: str, second: str) -> bool:
     """Whether two encoders were asked the same: images, protocol, settings."""
     summaries = [found.summaries.get((encoder, stage)) for encoder in (first, second)]
-    asked = [None if summary is None else _asked(summary) for summary in summaries]
-    return asked[0] is not None and asked[0] == asked[1]
+    requests = [None if summary is None else asked(summary) for summary in summaries]
+    return requests[0] is not None and requests[0] == requests[1]
 
 
-def _asked(summary: Summary) -> Mapping[str, Any]:
+def asked(summary: Summary) -> Mapping[str, Any]:
     """What was asked for, whatever the encoder."""
-    asked = {k: v for k, v in summary.identity.items() if k not in _OF_ENCODER}
-    if isinstance(protocol := asked.get("protocol"), dict):
-        asked["protocol"] = {k: v for k, v in protocol.items() if k != "batch_size"}
-    return asked
+    found = {k: v for k, v in summary.identity.items() if k not in _OF_ENCODER}
+    if isinstance(protocol := found.get("protocol"), dict):
+        found["protocol"] = {k: v for k, v in protocol.items() if k != "batch_size"}
+    return found
