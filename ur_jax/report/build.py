@@ -245,7 +245,9 @@ def _curves(material: Material) -> Iterator[Block]:
         figures.save(figure, material.workdir / "figures" / name)
         first = next(iter(next(iter(panels.values())).values()))
         files = f"figures/{name}.png, figures/{name}.pdf"
-        yield page.Figure(first.caption, svg=figures.to_svg(figure), files=files)
+        svg = figures.to_svg(figure)  # first: it lays the figure out
+        data = figures.data_of(figure, panels, material.encoders)
+        yield page.Figure(first.caption, svg=svg, data=data, files=files)
     if not curves:
         yield _NOTHING
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,8 @@ def draw(panels: Panels, encoders: Sequence[str]) -> Figure:
         for axis, (title, by_encoder) in zip(axes[0], panels.items()):
             first = next(iter(by_encoder.values()))
             axis.set(xlabel=first.x_label, ylabel=first.y_label)
+            if all(np.all(curve.x == np.round(curve.x)) for curve in by_encoder.values()):
+                axis.locator_params("x", integer=True)
             if len(panels) > 1:
                 axis.set_title(title)
             add = _add_steps if first.kind == "step" else _add_lines
@@ -151,19 +154,73 @@ def to_svg(figure: Figure) -> str:
     return markup[markup.index("<svg") :].replace(_INK, "currentColor")
 
 
+def data_of(figure: Figure, panels: Panels, encoders: Sequence[str]) -> dict[str, Any]:
+    """What a pointer over the figure's SVG needs to tell values, as JSON values; {} for points.
+
+    Args:
+      figure: of `draw`, after `to_svg`, which lays it out.
+      panels, encoders: what it was drawn of.
+
+    Returns:
+      {"panels": of each its box in the figure (left, top, right, bottom as shares), the limits of
+      its axes, its labels, and of each encoder name, colour, points and the ids of its elements}.
+    """
+    curves = [curve for by_encoder in panels.values() for curve in by_encoder.values()]
+    if curves[0].kind == "points":
+        return {}
+    names = [*encoders, *sorted({name for each in panels.values() for name in each} - {*encoders})]
+    found = []
+    for axis, by_encoder in zip(figure.axes, panels.values()):
+        box, first = axis.get_position(), next(iter(by_encoder.values()))
+        found.append(
+            {
+                "box": [box.x0, 1 - box.y1, box.x1, 1 - box.y0],
+                "x": {"label": first.x_label, "limits": axis.get_xlim()},
+                "value": {"label": first.y_label, "limits": axis.get_ylim()},
+                "is_step": first.kind == "step",
+                "curves": [
+                    {
+                        "name": name,
+                        "color": _look(names, name)[0],
+                        "id": _identifier(curve, names, name),
+                        "x": _plain(curve.x),
+                        "value": _plain(curve.value),
+                        "low": [] if curve.low is None else _plain(curve.low),
+                        "high": [] if curve.high is None else _plain(curve.high),
+                    }
+                    for name, curve in by_encoder.items()
+                ],
+            }
+        )
+    return {"panels": found}
+
+
+def _plain(values: np.ndarray) -> list[float | None]:
+    """Numbers for JSON, five digits of each; None where one is not finite."""
+    return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values.tolist()]
+
+
+def _identifier(curve: Curve, names: Sequence[str], name: str) -> str:
+    """Of the elements of a curve: no two alike on a page, and no character of a name in it."""
+    place = f"{curve.figure} {curve.panel}".encode()
+    return f"c{zlib.crc32(place):08x}-{list(names).index(name)}"
+
+
 def _add_lines(axis: Axes, names: Sequence[str], curves: Mapping[str, Curve]) -> dict[str, Any]:
     """Draws curves with their intervals; returns what the legend shows of each."""
     handles = {}
     for name, curve in curves.items():
         color, line = _look(names, name)
         [handles[name]] = axis.plot(
-            curve.x, curve.value, color=color, linestyle=line, linewidth=1.5
-        )
+            curve.x, curve.value, color=color, linestyle=line, linewidth=1.5,
+            gid=_identifier(curve, names, name),
+        )  # fmt: skip
         if curve.low is not None and curve.high is not None:
             finite = np.isfinite(curve.low) & np.isfinite(curve.high)
             axis.fill_between(
-                curve.x, curve.low, curve.high, where=finite, color=color, alpha=0.12, linewidth=0
-            )
+                curve.x, curve.low, curve.high, where=finite, color=color, alpha=0.12, linewidth=0,
+                gid=f"{_identifier(curve, names, name)}-band",
+            )  # fmt: skip
     if all(np.nanmin(curve.value, initial=0.0) >= 0.0 for curve in curves.values()):
         axis.set_ylim(bottom=0.0)
     return handles
@@ -178,7 +235,9 @@ def _add_steps(axis: Axes, names: Sequence[str], curves: Mapping[str, Curve]) ->
     for name, curve in curves.items():
         x, y = np.append(curve.x, right), np.append(curve.value, curve.value[-1])
         color, line = _look(names, name)
-        [handles[name]] = axis.step(x, y, where="post", color=color, linestyle=line)
+        [handles[name]] = axis.step(
+            x, y, where="post", color=color, linestyle=line, gid=_identifier(curve, names, name)
+        )
     axis.set(ylim=(-0.02, 1.02), xlim=(0.0, right))
     return handles
 

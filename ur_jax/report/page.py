@@ -107,6 +107,7 @@ class Figure(Block):
     Attributes:
       caption: text.
       svg: markup of ours, put in as it is.
+      data: what a pointer over it tells, `figures.data_of`; {} for nothing.
       picture: instead of it, see `Picture`.
       files: names of the same figure's files.
     """
@@ -114,6 +115,7 @@ class Figure(Block):
     template: ClassVar[str] = "figure"
     caption: str
     svg: str = dataclasses.field(default="", repr=False)
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     picture: Picture | None = None
     files: str = ""
 

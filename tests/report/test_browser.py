@@ -1,0 +1,72 @@
+"""The page in a real browser: it loads, tells values under the pointer, sorts, filters, prints."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import simulated
+
+from ur_jax.report import build
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+pytestmark = pytest.mark.skipif(not BROWSER, reason="there is no Chromium (Debian: chromium)")
+
+PROBE = """<script>
+const found = {}, figure = document.querySelector("figure.live");
+const svg = figure.querySelector("svg"), frame = svg.getBoundingClientRect();
+const told = () => {
+  svg.dispatchEvent(new PointerEvent("pointermove", {
+    clientX: frame.left + 0.3 * frame.width, clientY: frame.top + 0.5 * frame.height}));
+  return figure.querySelector("output").textContent;
+};
+found.told = told();
+const box = figure.querySelector("fieldset input");
+box.click();
+found.without = told();
+found.hidden = [...svg.querySelectorAll("[id^=c]")].filter(e => e.style.display === "none").length;
+const table = document.getElementById("all-numbers"), first = () => table.tBodies[0].rows[0];
+const heads = [...table.querySelectorAll("th")].map(head => head.textContent.trim());
+const place = heads.indexOf("value");
+table.querySelectorAll("th button")[place].click();
+found.least = first().cells[place].textContent;
+const field = document.querySelector('input[data-filter="all-numbers"]');
+field.value = "weak overlap";
+field.dispatchEvent(new Event("input"));
+found.shown = [...table.tBodies[0].rows].filter(row => !row.hidden).length;
+found.sideways = document.documentElement.scrollWidth > window.innerWidth;
+const out = document.createElement("pre");
+out.id = "probe"; out.textContent = JSON.stringify(found);
+document.body.append(out);
+</script></body>"""
+
+
+def browse(*flags):
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
+
+
+def test_in_a_browser(tmp_path):
+    folder = tmp_path / "work"
+    simulated.make(folder, ("strong", "weak"), 40, 6, 30, 50)
+    build.main(build.Config(folder))
+    report = folder / "report.html"
+    probed = tmp_path / "probed.html"
+    probed.write_text(report.read_text().replace("</body>", PROBE))
+    for width in (1300, 500):  # no window of a browser is narrower
+        done = browse(f"--window-size={width},900", "--dump-dom", f"file://{probed}")
+        assert "CONSOLE" not in done.stderr, done.stderr
+        text = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)
+        assert text, done.stdout[-500:]
+        found = json.loads(text[1])
+        assert re.match(r"attack step: \d\nweak: [\d.]+ \(.*\)\nstrong: ", found["told"])
+        assert "weak: " in found["without"] and "strong" not in found["without"]
+        assert found["hidden"] == 4  # the line and the band of two panels
+        assert float(found["least"]) == 0 and found["shown"] == 2 and not found["sideways"]
+    browse(f"--print-to-pdf={tmp_path / 'report.pdf'}", f"file://{report}")
+    assert (tmp_path / "report.pdf").read_bytes()[:5] == b"%PDF-"
