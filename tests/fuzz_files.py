@@ -118,13 +118,13 @@ def scenes(at: pathlib.Path) -> list[Scene]:
 
 def files_of(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     """The files of a folder by kind, which are damaged in turn: there are many of some kinds."""
-    found = collections.defaultdict(list)
+    found, checkpoints = collections.defaultdict(list), ("state", "encoder", "probe")
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix not in (".png", ".html") and "tensorboard" not in str(path):
-            place = path.relative_to(folder).parts
-            inside = next((p for p in ("state", "encoder", "probe", "parts") if p in place[:-1]), "")
-            kind = path.suffix if path.suffix in (".npz", ".parquet", ".csv") else path.name
-            found[f"{inside}/{'' if inside in ('state', 'encoder', 'probe') else kind}"].append(path)
+        if not path.is_file() or path.suffix in (".png", ".html") or "tensorboard" in path.parts:
+            continue
+        place = path.relative_to(folder).parts
+        kind = path.suffix if path.suffix in (".npz", ".parquet", ".csv") else path.name
+        found[next((p for p in checkpoints if p in place[:-1]), kind)].append(path)
     return found
 
 

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from ur_jax.checks import check_number, check_whole
+from ur_jax.checks import check_distinct, check_number, check_whole
 from ur_jax.errors import UserError
 
 
@@ -41,3 +41,12 @@ def test_numbers():
         check_number(holding(1.0), "field", least=0.0, below=1.0, unit="shares")
     with pytest.raises(UserError, match="Expected field finite, got nan"):
         check_number(holding(math.nan), "field")
+
+
+def test_values_that_would_have_one_name():
+    """Parts of "attack_0.05" of one radius were taken for those of the other."""
+    for values in ((0.05, 0.1), (5, 10), ("a", "b"), ()):
+        check_distinct(holding(values), "field")
+    for values in ((0.05, 0.05), (0.05, 0.05000004), (5, 5), ("a", "b", "a")):
+        with pytest.raises(UserError, match="Expected field that differ, by six digits, got"):
+            check_distinct(holding(values), "field")

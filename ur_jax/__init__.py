@@ -11,6 +11,8 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
+from ur_jax import _begin  # noqa: F401  before what takes seconds to import
+
 if TYPE_CHECKING:
     from ur_jax.attacks import AttackConfig, loss_pgd, u_fgsm, u_pgd
     from ur_jax.calls import compare, evaluate

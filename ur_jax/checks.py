@@ -99,6 +99,21 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
+def check_distinct(config: Any, *fields: str) -> None:
+    """Raises UserError unless the values of tuples differ, also by the six digits of their names.
+
+    A number is reported, and its parts are kept, under them.
+    """
+    for field in fields:
+        values = getattr(config, field)
+        texts = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+        if len(set(texts)) < len(texts):
+            raise UserError(
+                f"Expected {field} that differ, by six digits, got {shown(values)}; leave out what "
+                "is there twice."
+            )
+
+
 def check_range(
     config: Any, *fields: str, above: float = -math.inf, most: float = math.inf
 ) -> None:

@@ -101,7 +101,7 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
       A UserError to raise.
     """
     valid = sorted(valid)
-    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     return UserError(f"Unknown {kind} {name!r}{hint} Expected one of: {', '.join(valid)}.")
 

@@ -171,6 +171,16 @@ def test_the_ball_that_is_too_small_makes_it_abstain(isometric):
     assert all("too few" in c.reason for c in abstained)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-25])
+def test_representations_without_a_distance_make_it_abstain(isometric, scale):
+    """Of one point, or so small that squares are 0: eps_out was 0, a perfect certificate."""
+    encoder, image = isometric
+    scaled = encoder.replace(params=encoder.params * scale)
+    [certificate] = run(scaled, [image], CONFIG).values()
+    assert certificate.abstained and certificate.eps_out == math.inf
+    assert "one representation" in certificate.reason
+
+
 def not_finite_where_bright(params, images):
     found = project(params, images)
     bright = images.mean((1, 2, 3)) > 0.8

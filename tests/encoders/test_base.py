@@ -219,6 +219,11 @@ def test_bad_input():
         ({"apply_fn": lambda p, x: {"a": x.mean((1, 2))}}, "pick one of several"),
         ({"apply_fn": lambda p, x: x.mean()}, "one floating-point array"),
         ({"apply_fn": lambda p, x: x.mean((1, 2))[:, :0]}, "one floating-point array"),
+        ({"apply_fn": lambda p, x: np.asarray(x).mean((1, 2))}, "that JAX can trace, of jax.numpy"),
+        ({"apply_fn": lambda p, x: x if x.sum() else -x}, "that JAX can trace, .* boolean"),
+        ({"name": None}, "Expected name as a text"),
+        ({"representation": ""}, "Expected representation as a text"),
+        ({"dtype": jnp.float32}, "Unknown dtype .* Expected one of: bfloat16, float32"),
     ],
 )
 def test_from_fn_refuses_what_makes_no_sense(settings, message):

@@ -14,6 +14,9 @@ from ur_jax.errors import UserError
 from ur_jax.typed import check_types
 from ur_jax.types import Images
 
+_LEAST = 2.0**-24
+_LEAST_UNIT = f"{UNIT}, below which float32 pixels do not move"
+
 
 @dataclasses.dataclass(frozen=True)
 class AttackConfig:
@@ -49,6 +52,7 @@ class AttackConfig:
         # No two pixels differ by more than 1: a larger radius was meant for pixels of 0 to 255.
         most = 1.0 if self.norm == "linf" else math.inf
         check_number(self, "eps", "step_size", above=0.0, most=most, unit=UNIT)
+        check_number(self, "eps", "step_size", least=_LEAST, unit=_LEAST_UNIT)
         check_whole(self, "num_steps", "num_restarts")
         check_flag(self, "random_start")
         if self.num_restarts > 1 and not self.random_start:

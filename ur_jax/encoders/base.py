@@ -166,6 +166,9 @@ def from_fn(
     parse_preparation(preparation)
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
+    for what, text in (("name", name), ("representation", representation)):
+        if not isinstance(text, str) or not text:
+            raise UserError(f"Expected {what} as a text that tells it from others, got {text!r}.")
     size, mean, std = _size(input_size), _channels("mean", mean), _channels("std", std)
     if min(std) <= 0:
         raise UserError(f"Expected std > 0 in every channel, got {std}.")
@@ -203,6 +206,12 @@ def _dimension(apply_fn, params: PyTree, size: tuple[int, int], dtype: str, name
             "does in training (a representation would depend on the other images of its batch): "
             "pass train=False, use_running_average=True or what the module calls it, or make it "
             "with `from_linen`."
+        ) from error
+    except jax.errors.JAXTypeError as error:  # NumPy, or a decision by a value
+        why = str(error).splitlines()[0].rstrip(":.")
+        raise UserError(
+            f"Expected {name!r} to be a function that JAX can trace, of jax.numpy alone and with no "
+            f"`if` by an array's values: {why}."
         ) from error
     if (
         not isinstance(output, jax.ShapeDtypeStruct)

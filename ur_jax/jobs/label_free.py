@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from ur_jax import devices, metrics, runs
 from ur_jax.attacks import OBJECTIVES, RULES, AttackConfig, u_pgd
-from ur_jax.checks import check_whole
+from ur_jax.checks import check_distinct, check_whole
 from ur_jax.data import ImageBatch, check_batch_size, evenly_spaced, load_uint8
 from ur_jax.devices import hosts, memory
 from ur_jax.distances import distance
@@ -107,6 +107,7 @@ class EvaluationConfig:
     def __post_init__(self):
         check_types(self)
         check_whole(self, "overlap_steps", "breakaway_steps")
+        check_distinct(self, "eps", "read_at")
         if not self.eps or not self.read_at or min(self.read_at) < 1:
             raise UserError(
                 f"Expected at least one eps and steps read_at >= 1, got {self.eps}, {self.read_at}."
@@ -183,6 +184,7 @@ class LabelFree(Job):
         for stage in self.stages:
             if stage not in STAGES:
                 raise unknown_name("stage", stage, STAGES)
+        check_distinct(self, "stages")
         if not self.stages:
             raise UserError(f"Expected at least one stage of {', '.join(STAGES)}.")
         if self.protocol.needs_bank and {"attacks", "overlap"} & set(self.stages):

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from ur_jax import distances as dist
+from ur_jax.checks import check_key
 from ur_jax.errors import UserError
 from ur_jax.metrics.checks import in_range, usable_matrix
 from ur_jax.types import AnyArray, Array, Key, PerImage, Representations
@@ -89,6 +90,7 @@ def distance_distribution(
     Reference: Petrov & Kwiatkowska (2022), section 4.
     """
     representations = usable_matrix("representations", representations)
+    check_key(key)
     dist.check_divergence(divergence)
     if representations.shape[0] < 2 or batch_size < 2:
         raise UserError(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from ur_jax.checks import whole_number
 from ur_jax.errors import UserError
 
 
@@ -77,6 +78,7 @@ def proportion_interval(successes: int, n: int, *, confidence: float = 0.95) -> 
 
     Reference: C. Clopper, E. Pearson, Biometrika 26 (1934).
     """
+    successes, n = whole_number(successes, "successes"), whole_number(n, "n")
     if not 0 <= successes <= n or n < 1:
         raise UserError(f"Expected 0 <= successes <= n and n >= 1, got {successes} and {n}.")
     _tail(confidence)

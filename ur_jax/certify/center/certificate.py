@@ -18,6 +18,8 @@ from ur_jax.stats.bounds import (
     confidence_sequence,
 )
 
+_VANISHES = 1e-18  # the square of a smaller distance is none in float32
+
 
 class CenterCertificate(NamedTuple):
     """Certificate of one image by center smoothing.
@@ -81,6 +83,8 @@ def make_certificate(center: Center, fresh: FreshSamples) -> CenterCertificate:
         reason = "representations not finite"
     elif not fresh.checked:
         reason = "the ball about the center holds too few fresh samples"
+    elif fresh.eps_out < _VANISHES:
+        reason = "all samples have one representation: collapsed, or too small for float32"
     elif math.isinf(fresh.eps_out):
         reason = "no tested threshold is certified"
     return CenterCertificate(
