@@ -210,7 +210,7 @@ def _dimension(apply_fn, params: PyTree, size: tuple[int, int], dtype: str, name
     except jax.errors.JAXTypeError as error:  # NumPy, or a decision by a value
         why = str(error).splitlines()[0].rstrip(":.")
         raise UserError(
-            f"Expected {name!r} to be a function that JAX can trace, of jax.numpy alone and with no "
+            f"Expected {name!r} to be a function that JAX can trace, of jax.numpy alone, with no "
             f"`if` by an array's values: {why}."
         ) from error
     if (
