@@ -80,7 +80,7 @@ def test_eps_out_covers_the_true_quantile_and_approaches_it(isometric, bound):
                 continue
             noncentrality = (certificate.smoothing_error / config.sigma) ** 2
             true = config.sigma * math.sqrt(stats.ncx2.ppf(config.level, 8, noncentrality))
-            ratios.append(certificate.eps_out / (3 * true))
+            ratios.append(certificate.eps_out / (config.factor * true))
         assert len(ratios) >= 5 and min(ratios) >= 1.0
         excess.append(np.mean(ratios) - 1)
     assert excess == sorted(excess, reverse=True)

@@ -20,6 +20,10 @@ from ur_jax.certify import (
     CERTIFICATES,
     CenterConfig,
     Classifier,
+    CosineConfig,
+    GeometricMedianConfig,
+    MeanConfig,
+    NeighbourConfig,
     RandomizedConfig,
     eps_out_from_counts,
     lower_bound,
@@ -36,6 +40,13 @@ from ur_jax.runs import files, folder
 CENTER = CenterConfig(bound="union", n0=300, n=1000, alpha1=0.05, alpha2=0.05, delta=0.15)
 RANDOMIZED = RandomizedConfig(bound="union", n=1000, alpha=0.01)
 NEAREST = {"config": RANDOMIZED, "probe": "nearest"}
+STREAM = {"n0": 200, "n": 400, "m": 400, "step": 200}
+STREAMS = {
+    "geometric_median": GeometricMedianConfig(**STREAM),
+    "mean": MeanConfig(**STREAM),
+    "cosine": CosineConfig(**STREAM),
+    "neighbour": NeighbourConfig(**STREAM, bank=40),
+}
 
 
 def flatten_and_multiply(params, images):
@@ -99,6 +110,24 @@ def run_killed(job, out, monkeypatch):
             return job.run(out, progress=quiet), deaths
         except Killed:
             deaths += 1
+
+
+@pytest.mark.parametrize("method", list(STREAMS))
+@pytest.mark.filterwarnings("ignore:.*broken")
+def test_certificates_of_streams_killed_and_resumed_give_the_same_table(
+    photos, tmp_path, monkeypatch, method
+):
+    job, alone, killed = make(photos, config=STREAMS[method]), tmp_path / "a", tmp_path / "b"
+    whole = job.run(alone, progress=quiet)
+    summary, deaths = run_killed(job, killed, monkeypatch)
+    assert deaths == 5 and summary.rows == whole.rows
+    for name in ("certificates.parquet", "summary.json"):
+        assert (alone / name).read_bytes() == (killed / name).read_bytes()
+    said = " ".join(Certify.remarks(whole))
+    assert "under every change" in said or "whatever change" in said
+    assert {row.images for row in whole.rows if row.metric != "certified_neighbour"} == {method}
+    curves = list(Certify.curves(alone, whole, {}))
+    assert curves and all(len(c.x) == len(c.value) for c in curves)
 
 
 @pytest.mark.parametrize("changes", [{"config": CENTER}, NEAREST], ids=["center", "randomized"])
@@ -444,7 +473,7 @@ def test_a_certificate_from_outside_is_on_the_command_line_in_the_table_and_in_t
     with pytest.raises(SystemExit):
         cli.run("certify", [*words, "--help"])
     said = capfd.readouterr()
-    assert "{center,randomized,test-toy}" in said.out and "--test-toy.sigma" in said.out
+    assert "test-toy" in said.out and "--test-toy.sigma" in said.out
     assert cli.run("certify", words) == 0
     assert "test_toy_spread" in capfd.readouterr().out
     summary = runs.Summary.read(out / "summary.json")

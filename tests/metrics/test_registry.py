@@ -20,7 +20,9 @@ REPORTED = {
     "certify": {
         *("certified", "median_eps_out", "median_quantile", "median_normalised"),
         *("certified_accuracy", "average_certified_radius", "mean_radius"),
-        "average_certified_radius_correct_only",
+        *("average_certified_radius_correct_only", "smoothed_eps_out", "smoothed_quantile"),
+        *("smoothed_eps_out_population", "smoothed_normalised", "certified_cosine"),
+        "certified_neighbour",
     },
     "probe": {"top_1_accuracy", "top_5_accuracy"},
     "impersonate": {"impersonation_success"},
@@ -29,6 +31,8 @@ REPORTED = {
 LOW = {
     *("universal_quantile", "normalised_distance", "breakaway_risk", "overlap_risk"),
     *("median_eps_out", "median_quantile", "median_normalised", "impersonation_success"),
+    *("smoothed_eps_out", "smoothed_eps_out_population", "smoothed_quantile"),
+    "smoothed_normalised",
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from ur_jax.errors import UserError
-from ur_jax.stats import bounds
+from ur_jax.stats import bounds, sequences
 from ur_jax.stats.sequences import level_table, looking_times, tolerance_table
 
 NUM_SIMULATED = 10_000
@@ -70,7 +70,7 @@ def test_impossible_sample_sizes_are_refused_with_the_one_that_would_do():
         bounds.hoeffding_level(156, 0.87, 0.005)
     bounds.hoeffding_level(157, 0.87, 0.005)
     with pytest.raises(ValueError, match="betting"):
-        bounds.confidence_sequence("beting", alpha=0.1, n_max=100, step=10)
+        sequences.confidence_sequence("beting", alpha=0.1, n_max=100, step=10)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_betting_wealth_is_the_product_of_the_bets():
 @pytest.mark.parametrize("bound", ["betting", "union"])
 def test_integer_thresholds_are_those_of_the_bounds(bound):
     times = looking_times(3000, 128)
-    sequence = bounds.confidence_sequence(bound, alpha=0.01, n_max=3000, step=128)
+    sequence = sequences.confidence_sequence(bound, alpha=0.01, n_max=3000, step=128)
     for p in (0.5, 0.69, 0.977):
         k = sequence.accepting(times, p)
         possible = k <= times
@@ -202,7 +202,7 @@ def test_order_statistic_promise_on_ties():
 def test_sequences_hold_at_all_times(bound, p):
     """The mode that decides radii: the level is exactly the truth, so either answer is hard."""
     alpha, times = 0.01, looking_times(20_000, 128)
-    sequence = bounds.confidence_sequence(bound, alpha=alpha, n_max=20_000, step=128)
+    sequence = sequences.confidence_sequence(bound, alpha=alpha, n_max=20_000, step=128)
     k = counts_at(np.random.default_rng(4), times, p)
     assert (k >= sequence.accepting(times, p)).any(axis=1).sum() <= most_failures(alpha)
     assert (k <= bounds.rejecting(sequence, times, p)).any(axis=1).sum() <= most_failures(alpha)
@@ -216,7 +216,7 @@ def test_sequences_hold_at_all_times(bound, p):
 @pytest.mark.parametrize("p", [0.51, 0.9, 0.999, 0.99999])
 def test_radius_to_a_tolerance(bound, p):
     alpha, sigma, tolerance, times = 0.01, 0.5, 0.1, looking_times(20_000, 128)
-    sequence = bounds.confidence_sequence(bound, alpha=alpha, n_max=20_000, step=128)
+    sequence = sequences.confidence_sequence(bound, alpha=alpha, n_max=20_000, step=128)
     table = tolerance_table(sequence, times, sigma=sigma, tolerance=tolerance)
     k = counts_at(np.random.default_rng(5), times, p)
     settled = (k >= table.accept[:, 0]) | (k <= table.reject[:, 0])
@@ -237,7 +237,7 @@ def test_radius_to_a_tolerance(bound, p):
 def test_center_thresholds_are_tested_jointly(bound):
     """The mode that decides eps_out: many nested thresholds below the quantile, one alpha."""
     alpha, p, times = 0.01, 0.87, looking_times(10_000, 128)
-    sequence = bounds.confidence_sequence(bound, alpha=alpha, n_max=10_000, step=128)
+    sequence = sequences.confidence_sequence(bound, alpha=alpha, n_max=10_000, step=128)
     inside = np.array([0.86, 0.868, 0.87])  # probabilities of thresholds at or below the quantile
     cells = np.diff(np.append(np.append(0.0, inside), 1.0))
     rng, trials = np.random.default_rng(6), np.diff(times, prepend=0)
@@ -253,7 +253,7 @@ def test_adaptive_decisions_take_18_times_fewer_samples(bound):
     alpha, cap, size = 0.001, 100_000, 1000
     rng, times = np.random.default_rng(7), looking_times(cap, 128)
     radii = np.array([0.5, 1.0, 1.5, 2.0])
-    sequence = bounds.confidence_sequence(bound, alpha=alpha, n_max=cap, step=128)
+    sequence = sequences.confidence_sequence(bound, alpha=alpha, n_max=cap, step=128)
     table = level_table(sequence, times, stats.norm.cdf(radii))
     drawn, differ = [], []
     for a, b in ((1, 1), (5, 2), (9, 1)):

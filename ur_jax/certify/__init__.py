@@ -21,7 +21,24 @@ from ur_jax.certify.center import (
     center_smoothing,
     eps_out_from_counts,
 )
+from ur_jax.certify.denoised import denoised
 from ur_jax.certify.inputs import check_classifier, check_image
+from ur_jax.certify.joint import (
+    CosineCertificate,
+    CosineConfig,
+    Directions,
+    GeometricMedianCertificate,
+    GeometricMedianConfig,
+    MeanCertificate,
+    MeanConfig,
+    NeighbourCertificate,
+    NeighbourConfig,
+    certify_stream,
+    clip_ball,
+    directions_of,
+    part_of,
+    smoothed,
+)
 from ur_jax.certify.randomized import (
     Prediction,
     RadiusCertificate,
@@ -40,6 +57,21 @@ from ur_jax.probes.classifier import Classifier, check_labels, nearest_image_cla
 from ur_jax.types import Array, Image, Key
 
 __all__ = [
+    "smoothed",
+    "part_of",
+    "directions_of",
+    "denoised",
+    "clip_ball",
+    "certify_stream",
+    "NeighbourConfig",
+    "NeighbourCertificate",
+    "MeanConfig",
+    "MeanCertificate",
+    "GeometricMedianConfig",
+    "GeometricMedianCertificate",
+    "Directions",
+    "CosineConfig",
+    "CosineCertificate",
     "CERTIFICATES",
     "CertificateKind",
     "CenterCertificate",
@@ -76,15 +108,17 @@ def certify(
 
     **Guarantee.** That of the certificate, of this one image over its own noise. The noise is a
     function of key, index and sample alone: images that are to fail independently of each other
-    need an index each (or a key each), and so do two certificates of one image, which draw the same
-    noise whatever their method.
+    need an index each (or a key each). Center and randomized smoothing draw the same noise of one
+    image under one key, and the certificates of a stream (geometric median, mean, cosine,
+    neighbour) draw theirs, which is another: to fail independently, two of either group need a key
+    each, or an index each.
 
     Args:
       model: an encoder for a `CenterConfig`, a classifier for a `RandomizedConfig`; for the
         settings of another entry of `CERTIFICATES`, what that smooths.
       image: [H,W,3] float32 in [0,1].
       key: typed key of the run.
-      config: the settings, which also document the guarantee.
+      config: the settings of an entry of `CERTIFICATES`.
       index: index of the image, which keys its noise.
 
     Returns:
@@ -97,9 +131,12 @@ def certify(
     kind = CERTIFICATES[kind_of(config)]
     if kind.smooths == "encoder":
         check_type("the model of these settings", model, Encoder)
+    elif kind.smooths == "directions":
+        check_type("the model of these settings", model, Directions)
     else:
         check_classifier(model)
-    check_image(image, model if isinstance(model, Encoder) else None)
+    encoder = model if isinstance(model, Encoder) else getattr(model, "encoder", None)
+    check_image(image, encoder if kind.smooths != "classifier" else None)
     [(_, certificate)] = kind.certify(model, image[None], key, config=config, indices=[index])
     return certificate
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ur_jax.certify.noise import check_grid
 from ur_jax.checks import (
     check_array,
     check_key,
@@ -61,7 +62,7 @@ def check_classifier(classifier: Any) -> None:
 
 
 def paired(
-    images: Iterable[Any], indices: Iterable[int] | None, model: Any
+    images: Iterable[Any], indices: Iterable[int] | None, model: Any, noise: str = "float"
 ) -> Iterator[tuple[int, Array | np.ndarray]]:
     """Each image with its index, checked as it is taken; an index is taken after its image.
 
@@ -69,6 +70,7 @@ def paired(
       images: [H,W,3] in [0,1] each.
       indices: whole numbers from 0 on; 0, 1, ... by default.
       model: an encoder, a classifier on one, or any function of images.
+      noise: "grid" asks for images of 256 grey values.
 
     Returns:
       (index, image [H,W,3] floating point) of each image.
@@ -83,11 +85,11 @@ def paired(
     if isinstance(images, (jax.Array, np.ndarray)) and images.ndim != 4:
         raise UserError(f"Expected images [N,H,W,3], got an array of shape {images.shape}.")
     encoder = model if isinstance(model, Encoder) else getattr(model, "encoder", None)
-    return _paired(images, indices, encoder)
+    return _paired(images, indices, encoder, noise)
 
 
 def _paired(
-    images: Iterable[Any], indices: Iterable[int] | None, encoder: Encoder | None
+    images: Iterable[Any], indices: Iterable[int] | None, encoder: Encoder | None, noise: str
 ) -> Iterator[tuple[int, Array | np.ndarray]]:
     """The pairs."""
     given = itertools.count() if indices is None else iter(indices)
@@ -100,6 +102,8 @@ def _paired(
             raise UserError(f"Expected indices of images in [0, 2^31), got {index!r}.")
         try:
             check_image(image, encoder)
+            if noise == "grid":
+                check_grid(image)
         except UserError as error:
             raise UserError(f"Image {index}: {error}") from error
         yield int(index), image

@@ -61,7 +61,8 @@ class CertificateKind:
     Attributes:
       settings: frozen dataclass of the settings, whose fields become flags. Of these, the table of
         the command knows `sigma`, and `relative` needs `divergence`.
-      smooths: what is certified: an "encoder", or a "classifier" on one, which needs a probe.
+      smooths: what is certified: an "encoder", or a "classifier" on one, which needs a probe, or
+        "directions" beside one, which are those of the clean images or of a probe's classes.
       certify: (model, images, key, *, config, indices, mesh, batch_size, on_progress) ->
         (index, certificate) of each image; as `center_smoothing`, which documents them.
       num_samples: settings -> samples that an image takes at most.
@@ -70,17 +71,19 @@ class CertificateKind:
         columns, such as F of a certified distance; without it F is not computed.
       curves: columns, also the further ones -> what the report draws.
       values: columns, also the further ones -> the values per image that encoders are compared by.
+      said: what is certified, and of which function: two sentences below the table and in the page.
       presets: {name of a preset: settings}; the first is the default, also where a preset has none.
     """
 
     settings: type
-    smooths: Literal["encoder", "classifier"]
+    smooths: Literal["encoder", "classifier", "directions"]
     certify: Callable[..., Iterable[tuple[int, Any]]]
     num_samples: Callable[[Any], int]
     rows: Callable[[Columns, Any], Iterable[Row]]
     relative: Callable[[Columns, DistanceDistribution], Columns] | None = None
     curves: Callable[[Columns], Iterable[Curve]] = _no_curves
     values: Callable[[Columns], Iterable[Values]] = _no_values
+    said: str = ""
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def preset(self, name: str = "") -> Any:

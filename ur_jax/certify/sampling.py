@@ -1,8 +1,8 @@
 """Noisy samples of images, divided over the devices: the engine under every certificate.
 
 **Noise.** Sample i of image j is image + sigma * z with z drawn from the key
-fold_in(fold_in(key, j), i). No device count, batch size, slot or interruption enters, so none of
-them changes a bit of the noise.
+fold_in(fold_in(key, j), i); float32 normals, or the integers of `noise`, which are sound. No device
+count, batch size, slot or interruption enters, so none of them changes a bit of the noise.
 
 **`sample_outputs`** evaluates a fixed number of samples of one image. Each device loops over its
 own share; there is no collective at all. `sequential` draws as many as a test needs.
@@ -18,12 +18,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from ur_jax.certify.noise import grid_noise, grid_samples
 from ur_jax.devices import DATA_AXIS
 from ur_jax.types import Array, Key, PyTree
 
 
 def noisy_samples(
-    images: Array, key: Key, indices: Array, samples: Array, *, sigma: float, clip: bool
+    images: Array,
+    key: Key,
+    indices: Array,
+    samples: Array,
+    *,
+    sigma: float,
+    clip: bool,
+    noise: str = "float",
 ) -> Array:
     """Draws one noisy sample of each image, images + sigma * normal.
 
@@ -34,23 +42,30 @@ def noisy_samples(
       samples: [B] integer, the index of each sample.
       sigma: standard deviation, in pixel units.
       clip: whether to clip the result to [0,1].
+      noise: "float", or "grid", which always clips.
 
     Returns:
       [B,H,W,C] float32. Row b depends on its own image, index and sample index alone.
     """
 
+    def own_key(index, sample):
+        return jax.random.fold_in(jax.random.fold_in(key, index), sample)
+
+    if noise == "grid":
+        return grid_samples(images, jax.vmap(own_key)(indices, samples), grid_noise(sigma))
+
     def draw(index, sample):
-        own = jax.random.fold_in(jax.random.fold_in(key, index), sample)
-        return jax.random.normal(own, images.shape[1:], images.dtype)
+        return jax.random.normal(own_key(index, sample), images.shape[1:], images.dtype)
 
     # The clip changes no number: it stands between product and sum, so that no compiler makes one
     # rounding of the two in one program and two in another. A barrier did not prevent it on CPUs.
-    noise = jnp.clip(sigma * jax.vmap(draw)(indices, samples), -1e30, 1e30)
-    noisy = images + noise
+    noisy = images + jnp.clip(sigma * jax.vmap(draw)(indices, samples), -1e30, 1e30)
     return jnp.clip(noisy, 0.0, 1.0) if clip else noisy
 
 
-@functools.partial(jax.jit, static_argnames=("fn", "n", "sigma", "clip", "mesh", "batch_size"))
+@functools.partial(
+    jax.jit, static_argnames=("fn", "n", "sigma", "clip", "mesh", "batch_size", "noise")
+)
 def sample_outputs(
     fn: Callable[[PyTree, Array], PyTree],
     operand: PyTree,
@@ -64,6 +79,7 @@ def sample_outputs(
     clip: bool,
     mesh: Mesh,
     batch_size: int,
+    noise: str = "float",
 ) -> PyTree:
     """Evaluates fn on samples first, ..., first + n - 1 of one image.
 
@@ -80,6 +96,7 @@ def sample_outputs(
       clip: whether noisy images are clipped to [0,1].
       mesh: mesh of `ur_jax.devices.data_mesh`.
       batch_size: samples per device and forward pass.
+      noise: "float" or "grid", see `noisy_samples`.
 
     Returns:
       The outputs in the order of the samples, leading axis n.
@@ -93,7 +110,9 @@ def sample_outputs(
             samples = start + b * batch_size + jnp.arange(batch_size)
             images = jnp.broadcast_to(image, (batch_size, *image.shape))
             indices = jnp.full(batch_size, index)
-            noisy = noisy_samples(images, key, indices, samples, sigma=sigma, clip=clip)
+            noisy = noisy_samples(
+                images, key, indices, samples, sigma=sigma, clip=clip, noise=noise
+            )
             return fn(operand, noisy)
 
         outputs = jax.lax.map(batch, jnp.arange(num_batches))

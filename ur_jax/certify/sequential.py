@@ -46,6 +46,7 @@ class Method(Protocol):
     Attributes:
       sigma: standard deviation of the noise.
       clip: whether noisy images are clipped to [0,1].
+      noise: "float" or "grid".
       first: index of the first sample.
       n0: number of samples before the test, e.g. to select a class; may be 0.
       n: cap on the number of samples of the test.
@@ -57,6 +58,8 @@ class Method(Protocol):
     def sigma(self) -> float: ...
     @property
     def clip(self) -> bool: ...
+    @property
+    def noise(self) -> str: ...
     @property
     def first(self) -> int: ...
     @property
@@ -177,6 +180,7 @@ def advance(
                 sample,
                 sigma=method.sigma,
                 clip=method.clip,
+                noise=method.noise,
             )
             extra = jax.tree.map(lambda x: x[row], rows.extra)
             events, finite = method.observe(model, extra, noisy)

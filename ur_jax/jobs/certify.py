@@ -4,11 +4,12 @@
     python experiments/certify.py --encoder demo --images folder:photos --method randomized \\
         --probe runs/noisy_probe --out runs/randomized
 
-Center smoothing bounds how far the smoothed representation moves; randomized smoothing certifies
-the class of a probe. `--probe nearest` needs no labels: the classes are the images themselves, and
-a noisy image counts for the one whose clean representation is nearest (l2). What is certified then
-is that the smoothed encoder still tells an image from all others. `--method` takes every name of
-`certify.CERTIFICATES`, also those of a `--plugin`.
+Center smoothing, geometric_median and mean bound how far a smoothed representation moves, cosine
+the direction that it keeps, neighbour how long its nearest direction stays; randomized smoothing
+certifies the class of a probe. `--probe nearest` needs no labels: the classes are the images
+themselves, and a noisy image counts for the one whose clean representation is nearest (l2). What is
+certified then is that the smoothed encoder still tells an image from all others. `--method` takes
+every name of `certify.CERTIFICATES`, also those of a `--plugin`.
 
 Writes to --out: `certificates.parquet` (one row per image: the certificate and the raw counts it
 follows from), `times.parquet` (seconds per image: the only file that differs between runs),
@@ -33,12 +34,14 @@ import tyro
 from jax.sharding import Mesh
 
 from ur_jax import devices, metrics, runs
+from ur_jax.certify.denoised import denoised
+from ur_jax.certify.joint import Directions, directions_of, smoothed
 from ur_jax.certify.registry import CERTIFICATES, CertificateKind, kind_of
 from ur_jax.checks import check_whole
 from ur_jax.data import ImageBatch, evenly_spaced
 from ur_jax.data.labels import check_labelled, labels_of, match_probe
 from ur_jax.devices.memory import fit_batch_size
-from ur_jax.encoders import checkpoints
+from ur_jax.encoders import checkpoints, factories
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import NotFoundError, UserError
 from ur_jax.jobs import parts
@@ -47,6 +50,7 @@ from ur_jax.jobs.certify_parts import Images, Labels, Meter, finished, keep
 from ur_jax.jobs.progress import counted
 from ur_jax.probes.checkpoint import identified, load_probe
 from ur_jax.probes.classifier import Classifier, nearest_image_classifier
+from ur_jax.registry import import_object
 from ur_jax.runs import Run
 from ur_jax.runs.summary import Summary
 from ur_jax.types import Curve, Values
@@ -69,13 +73,17 @@ class Certify(Job):
     seed: int = 0
     """Of the noise and of the distance distribution."""
     probe: ProbeLike | None = None
-    """Of randomized: checkpoint directory of a linear probe, or nearest."""
+    """Of randomized and neighbour: checkpoint directory of a linear probe, or nearest (the default
+    of neighbour), for which the images themselves are the classes."""
     class_map: tuple[str, ...] = ()
     """THEIRS=OURS each: classes of the images whose names differ from the probe's."""
     batch_size: int | None = None
     """Samples per device and forward pass; by default from the device's memory."""
+    denoiser: str | None = None
+    """A function that makes one, file.py:make or package.module:make: images pass through it before
+    the encoder, and it is part of what is certified."""
     num_distribution: int = 100_000
-    """Of center: clean images, at most, of the distance distribution F."""
+    """Of certificates of representations: clean images, at most, of the distance distribution F."""
     config: tyro.conf.Suppress[Any] = None
     """The settings of the certificate; by default those of its first preset."""
 
@@ -108,7 +116,7 @@ class Certify(Job):
         if self._kind.relative is not None:
             found["num_distribution"] = self.num_distribution
         if self._takes_probe:
-            found["probe"] = _NEAREST if self.probe == _NEAREST else "trained"
+            found["probe"] = _NEAREST if self._probe == _NEAREST else "trained"
             found |= {"class_map": list(self.class_map)} if self.class_map else {}
         return found
 
@@ -124,6 +132,10 @@ class Certify(Job):
     def opened(self) -> Self:
         """With its probe read too, if that is there: a benchmark plans before it is."""
         job = super().opened()
+        if job.denoiser is not None:
+            place, arguments = factories.split_arguments(job.denoiser)
+            encoder = denoised(job.model, import_object(place)(**arguments))
+            job = dataclasses.replace(job, encoder=encoder, denoiser=None)
         if not job._takes_probe or not isinstance(job.probe, str) or job.probe == _NEAREST:
             return job
         if not checkpoints.is_saved(job.probe):
@@ -152,12 +164,12 @@ class Certify(Job):
 
     def _check_probe(self, indices: np.ndarray) -> None:
         """Raises UserError for a probe that is not there, or labels that it cannot have."""
-        if self.probe is None:
+        if self._probe is None:
             raise UserError(
                 f"Expected --probe with --method {self.certificate}: a checkpoint directory of a "
                 "linear probe, or nearest, which needs no labels."
             )
-        if self.probe == _NEAREST:
+        if self._probe == _NEAREST:
             if len(indices) < 2 or self.class_map:
                 raise UserError(
                     "Expected at least 2 images and no class map with --probe nearest, whose "
@@ -257,6 +269,9 @@ class Certify(Job):
         yield from super().remarks(summary)
         samples, images = summary.details["samples"], summary.details["images"]
         yield f"{samples:,} samples, {samples / images:,.0f} per image."
+        kind = CERTIFICATES.get(summary.identity.get("method", ""))
+        if kind is not None and kind.said:
+            yield kind.said
 
     @property
     def _kind(self) -> CertificateKind:
@@ -265,8 +280,14 @@ class Certify(Job):
 
     @property
     def _takes_probe(self) -> bool:
-        """Whether a classifier is certified."""
-        return self._kind.smooths == "classifier"
+        """Whether a classifier is certified, or which direction is nearest."""
+        return self._kind.smooths != "encoder"
+
+    @property
+    def _probe(self) -> ProbeLike | None:
+        """The probe; the images themselves where directions need none."""
+        directions = self._kind.smooths == "directions" and self.probe is None
+        return _NEAREST if directions else self.probe
 
     @functools.cached_property
     def _indices(self) -> np.ndarray:
@@ -279,12 +300,17 @@ class Certify(Job):
         names, number = self.probe.class_names, self.probe.bias.shape[0]
         return match_probe(self.source(), names, number, self.class_map)
 
-    def _smoothed(self, session: Session) -> tuple[Encoder | Classifier, Labels]:
+    def _smoothed(self, session: Session) -> tuple[Encoder | Classifier | Directions, Labels]:
         """What is smoothed, and the labels of a batch, in its classes."""
         if not self._takes_probe:
             return self.model, lambda batch: batch.labels
         if isinstance(self.probe, Classifier):
+            if self._kind.smooths == "directions":
+                weights = np.asarray(self.probe.kernel).T
+                return directions_of(self.model, weights), self._labels
             return self.probe, self._labels
+        if self._kind.smooths == "directions":
+            return self._own_directions(session)
         # Every host needs them all, on one device: the same bits on any number of them.
         alone = dataclasses.replace(_on_one_device(session), host=0, num_hosts=1)
         stage = parts.Stage("clean", "clean representations", (self._indices,), BANK_BATCH)
@@ -292,6 +318,19 @@ class Certify(Job):
         own = {int(index): label for label, index in enumerate(clean["index"])}
         classifier = nearest_image_classifier(self.model, clean["clean"])
         return classifier, lambda batch: np.array([own.get(int(i), -1) for i in batch.indices])
+
+    def _own_directions(self, session: Session) -> tuple[Directions, Labels]:
+        """The smoothed encoder's directions of all images, which are to be told apart."""
+        config = self.smoothing
+        images = Images(self.source(), self._indices, self.model, lambda batch: batch.labels)
+        found = smoothed(
+            self.model, images, jax.random.key(self.seed), method=self.certificate, m=config.bank,
+            config=config, indices=images.taken(), mesh=session.mesh,
+            batch_size=self.batch_size or self._fitting_batch_size(session, self.model),
+        )  # fmt: skip
+        own = {index: label for label, index in enumerate(images.described)}
+        directions = directions_of(self.model, found)
+        return directions, lambda batch: np.array([own.get(int(i), -1) for i in batch.indices])
 
     def _labels(self, batch: ImageBatch) -> np.ndarray:
         """Labels of a batch in the probe's classes; -1 of images that have none at all."""
@@ -310,7 +349,9 @@ class Certify(Job):
         stage = parts.Stage(name, "clean representations", indices, BANK_BATCH)
         return parts.clean_representations(banked, self.model, source, stage)
 
-    def _fitting_batch_size(self, session: Session, model: Encoder | Classifier) -> int:
+    def _fitting_batch_size(
+        self, session: Session, model: Encoder | Classifier | Directions
+    ) -> int:
         """What fits the device's memory; what the run began with, if it did."""
         run, stage = session.run, f"batch_size-{session.host}"
         if not run.num_parts(stage):

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from ur_jax import data, devices
-from ur_jax.certify import CenterConfig, RandomizedConfig
+from ur_jax.certify import CERTIFICATES, CenterConfig, RandomizedConfig
+from ur_jax.certify.joint import STREAMS
 from ur_jax.checks import check_whole
 from ur_jax.data import CORRUPTIONS, ImageSource, ViewConfig
 from ur_jax.encoders import factories, loading
 from ur_jax.encoders.base import Encoder
 from ur_jax.encoders.outputs import with_representation
-from ur_jax.errors import UserError
+from ur_jax.errors import UserError, unknown_name
 from ur_jax.jobs.base import Job, Representation
 from ur_jax.jobs.certify import Certify
 from ur_jax.jobs.impersonate import Impersonate, ImpersonationConfig
@@ -66,11 +67,16 @@ class CertificateSettings:
     """The same of center smoothing; --certificates.num-images by default."""
     center: CenterConfig = CenterConfig(bound="hoeffding")
     randomized: RandomizedConfig = RandomizedConfig()
+    streams: tuple[str, ...] = ()
+    """Other smoothed encoders to certify: geometric_median, mean, cosine, neighbour."""
 
     def __post_init__(self):
         check_types(self)
         check_whole(self, "num_images")
         check_whole(self, "num_center_images", optional=True)
+        for name in self.streams:
+            if name not in STREAMS:
+                raise unknown_name("certificate of a stream", name, STREAMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,6 +413,24 @@ def _certificates(cell: Cell) -> Iterator[Planned]:
         config=settings.randomized,
     )
     yield Planned("certified-accuracy", accuracy, ("test", "train"), ("probe-noisy",))
+
+
+@STAGES.register("certificates-of-streams")
+def _streams(cell: Cell) -> Iterator[Planned]:
+    """Certificates of other smoothed encoders than the paper's, where they are asked for."""
+    config, settings, protocol = cell.config, cell.config.certificates, cell.config.protocol
+    total = len(cell.source("test"))
+    for name in settings.streams:
+        job = Certify(
+            **cell.shared,
+            images=cell.source("test"),
+            representation=config.representation,
+            method=name,
+            num_images=min(settings.num_center_images or settings.num_images, total),
+            num_distribution=min(protocol.num_distribution or total, protocol.num_clean or total),
+            config=CERTIFICATES[name].preset(config.preset),
+        )
+        yield Planned(f"certified-{name.replace('_', '-')}", job, ("test",))
 
 
 @STAGES.register("impersonation")

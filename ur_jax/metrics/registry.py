@@ -126,7 +126,7 @@ def _of_own_kind(row: Any, identity: Mapping[str, Any]) -> bool:
 
 def _of_representations(row: Any, identity: Mapping[str, Any]) -> bool:
     """A certificate of the representation, not of a classifier."""
-    return identity.get("method") != "randomized"
+    return identity.get("method") != "randomized" and row.images is None
 
 
 def _both_ways(row: Any, identity: Mapping[str, Any]) -> bool:
@@ -231,6 +231,7 @@ def _register_certificates() -> None:
     center = lambda title, headline=False: (
         Column("certify", title, headline=headline, shown=_of_representations),
     )
+    streams = lambda title: (Column("certify", title, headline=False),)
     randomized = lambda title, headline=False, shown=_every: (
         Column("certify", title, True, headline, shown),
     )
@@ -256,6 +257,40 @@ def _register_certificates() -> None:
         "Certified divergence over the median distance of clean images; infinite without a "
         "certificate.",
         "section 4", center("certified divergence, normalised"),
+    ))  # fmt: skip
+    add("smoothed_eps_out", Metric(
+        "median", "low",
+        "Certified divergence of another smoothed encoder than center smoothing's, computed of m "
+        "samples; infinite without a certificate.",
+        "", streams("smoothed encoder, divergence"),
+    ))  # fmt: skip
+    add("smoothed_eps_out_population", Metric(
+        "median", "low",
+        "The same of infinitely many samples, without the error of what is computed of m.",
+        "", streams("smoothed encoder, population's divergence"),
+    ))  # fmt: skip
+    add("smoothed_quantile", Metric(
+        "median", "low",
+        "Share of pairs of clean images that are nearer to each other than the certified "
+        "divergence of another smoothed encoder; 1 without a certificate.",
+        "", streams("smoothed encoder, quantile"),
+    ))  # fmt: skip
+    add("smoothed_normalised", Metric(
+        "median", "low",
+        "Certified divergence of another smoothed encoder over the median distance of clean "
+        "images; infinite without a certificate.",
+        "", streams("smoothed encoder, normalised"),
+    ))  # fmt: skip
+    add("certified_cosine", Metric(
+        "median", "high",
+        "Least cosine that the direction of the smoothed representation keeps within the radius; "
+        "-1 without a certificate.",
+        "Salman et al. 2019", streams("certified cosine"),
+    ))  # fmt: skip
+    add("certified_neighbour", Metric(
+        "proportion", "high",
+        "Share of images whose own direction is certified to be the nearest within the radius.",
+        "Salman et al. 2019", streams("certified nearest neighbour"),
     ))  # fmt: skip
     add("certified_accuracy", Metric(
         "proportion", "high",

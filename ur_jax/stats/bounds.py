@@ -18,7 +18,7 @@ import numpy as np
 from scipy import special, stats
 
 from ur_jax.checks import check_number, check_whole
-from ur_jax.errors import UserError, unknown_name
+from ur_jax.errors import UserError
 
 Counts = np.ndarray | int
 Probabilities = np.ndarray | float
@@ -379,17 +379,6 @@ class UnionBound:
 
 
 ConfidenceSequence = Betting | UnionBound
-
-
-def confidence_sequence(bound: str, *, alpha: float, n_max: int, step: int) -> ConfidenceSequence:
-    """Returns the confidence sequence "betting" or "union" for at most `n_max` samples."""
-    if not isinstance(bound, str):
-        raise unknown_name("confidence sequence", repr(bound), ("betting", "union"))
-    if bound == "betting":
-        return Betting(alpha, n_max)
-    if bound == "union":
-        return UnionBound(alpha, n_max, step)
-    raise unknown_name("confidence sequence", bound, ("betting", "union"))
 
 
 def upper(sequence: ConfidenceSequence, successes: Counts, n: Counts) -> np.ndarray:

@@ -14,6 +14,7 @@ from scipy import stats
 
 from ur_jax.checks import whole_number
 from ur_jax.errors import UserError
+from ur_jax.stats.betting import mean_lower, mean_upper
 
 
 class Estimate(NamedTuple):
@@ -91,25 +92,20 @@ def mean_interval(
     *,
     confidence: float = 0.95,
     bounds: tuple[float, float] = (0.0, 1.0),
-    seed: int = 0,
 ) -> Estimate:
-    """Mean of one number per image, with the BCa bootstrap interval over the images.
+    """Mean of one number per image, with an interval by betting against every other mean.
 
     For fractions such as breakaway risk, where an image's own value sums up a million dependent
-    comparisons: only the images are drawn again. The coverage is approximate, and far below
-    `confidence` where few images carry the mean: if a share p of all images does, n of them hold
-    none with probability (1 - p)^n, and the interval then lies below the mean. At p = 0.03 it
-    covers in at most 0.86, 0.39 and 0.14 of all samples of n = 64, 16 and 5. If all values are
-    equal there is nothing to draw; then, but for a probability of (1 - confidence) / 2, at most a
-    share
-    s = 1 - ((1 - confidence) / 2)^(1 / (n - 1)) of images differs, by as much as `bounds` allow,
-    and the interval is (value - s (value - lower), value + s (upper - value)).
+    comparisons: the images are the independent units. Covers the mean with at least `confidence`
+    for every number of images and every distribution inside the bounds, also where a few images
+    carry the mean and n of them may hold none; it is wider than a bootstrap's interval, which does
+    not (where 3 % of the images carry it, of n = 64, 16 and 5 images at least 0.14, 0.61 and 0.86
+    of all samples hold none, and an interval of what was seen misses).
 
     Args:
       values: one number per image [n], n >= 1, finite and inside `bounds`.
       confidence: coverage wanted, in (0, 1).
       bounds: least and largest value possible.
-      seed: of the 9,999 resamples.
 
     Returns:
       The mean with its interval.
@@ -117,7 +113,7 @@ def mean_interval(
     Raises:
       ValueError: for NaN, infinite, no or out-of-bounds values, or a confidence outside (0, 1).
 
-    Reference: B. Efron, "Better bootstrap confidence intervals", JASA 82 (1987).
+    Reference: `stats.betting`, each end at half of what is left.
     """
     values = _finite(values)
     lower, upper = bounds
@@ -126,18 +122,13 @@ def mean_interval(
             f"Expected values inside bounds {bounds}, got {values.min()} to {values.max()}; "
             f"pass the bounds that hold."
         )
-    n, mean, tail = values.size, float(values.mean()), _tail(confidence)
-    if np.ptp(values) == 0.0:
-        share = 1.0 - tail ** (1.0 / (n - 1)) if n > 1 else 1.0
-        return Estimate(mean, mean - share * (mean - lower), mean + share * (upper - mean), n)
-    ends = stats.bootstrap(
-        (values,),
-        np.mean,
-        batch=max(1, 2**22 // n),
-        confidence_level=confidence,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(mean, float(ends.low), float(ends.high), n)
+    mean, tail = float(values.mean()), _tail(confidence)
+    if upper <= lower:  # one value is possible, and known
+        return Estimate(mean, mean, mean, values.size)
+    unit = np.clip((values - lower) / (upper - lower), 0.0, 1.0)
+    low = lower + (upper - lower) * mean_lower(unit, tail)
+    high = lower + (upper - lower) * mean_upper(unit, tail)
+    return Estimate(mean, min(low, mean), max(high, mean), values.size)
 
 
 def _finite(values: ArrayLike) -> np.ndarray:

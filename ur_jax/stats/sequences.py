@@ -13,15 +13,43 @@ import numpy as np
 from scipy import stats
 
 from ur_jax.checks import check_number, check_whole
+from ur_jax.errors import unknown_name
 from ur_jax.stats.bounds import (
+    Betting,
     ConfidenceSequence,
+    UnionBound,
     check_counts,
     check_probability,
     rejecting,
     upper,
 )
+from ur_jax.stats.calibrated import Calibrated
+
+SEQUENCES = ("betting", "union", "calibrated")
 
 _GRID = 48
+
+
+def confidence_sequence(
+    bound: str, *, alpha: float, n_max: int, step: int, levels: tuple[float, ...] = ()
+) -> ConfidenceSequence:
+    """Returns the confidence sequence of a name of `SEQUENCES`, for at most `n_max` samples.
+
+    Args:
+      bound: "union", "betting" or "calibrated".
+      alpha: failure probability of one side.
+      n_max: the cap on the number of samples.
+      step: samples between two looks.
+      levels: of "calibrated", what is compared with; see `Calibrated`.
+    """
+    if not isinstance(bound, str) or bound not in SEQUENCES:
+        name = bound if isinstance(bound, str) else repr(bound)
+        raise unknown_name("confidence sequence", name, SEQUENCES)
+    if bound == "betting":
+        return Betting(alpha, n_max)
+    if bound == "union":
+        return UnionBound(alpha, n_max, step)
+    return Calibrated(alpha, n_max, step, levels=levels)
 
 
 class Table(NamedTuple):

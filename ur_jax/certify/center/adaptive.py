@@ -47,6 +47,7 @@ def adaptive(
     method = _Thresholds(
         sigma=config.sigma,
         clip=config.clip,
+        noise=config.noise,
         first=config.n0,
         n=config.n,
         step=config.step,
@@ -93,6 +94,7 @@ class _Thresholds:
     divergence: str
     gap: int
     n0: int = 0
+    noise: str = "float"
 
     def observe(self, model, extra, images):
         """Event 0: inside the ball; event k: within threshold k."""

@@ -15,8 +15,8 @@ from ur_jax.stats.bounds import (
     ConfidenceSequence,
     accepting_count,
     check_counts,
-    confidence_sequence,
 )
+from ur_jax.stats.sequences import confidence_sequence
 
 _VANISHES = 1e-18  # the square of a smaller distance is none in float32
 

@@ -9,7 +9,9 @@ from scipy import stats
 
 from ur_jax.certify.enclosing import hoeffding_n0, smallest_n0
 from ur_jax.certify.inputs import check_each, check_name, check_samples
+from ur_jax.certify.noise import NOISES
 from ur_jax.checks import check_flag, check_number, check_whole
+from ur_jax.distances import ROUNDED_UP
 from ur_jax.errors import UserError
 from ur_jax.stats.bounds import (
     check_interpolated,
@@ -17,8 +19,9 @@ from ur_jax.stats.bounds import (
     hoeffding_level,
     order_statistic_rank,
 )
+from ur_jax.stats.sequences import SEQUENCES
 
-BOUNDS = ("exact", "hoeffding", "union", "betting")
+BOUNDS = ("exact", "hoeffding", "union", "betting", "calibrated")
 METRICS = ("l1", "l2", "linf")
 APPROXIMATION = 2.0
 """The enclosing ball found has at most this many times the smallest radius."""
@@ -38,14 +41,16 @@ class CenterConfig:
       delta: the ball about the center holds at least 1/2 - delta of the probability, in (0, 1/2).
       bound: "exact" is the binomial order statistic and binomial bounds of the center's check;
         "hoeffding" gives the published code's numbers, Hoeffding's inequality and an interpolated
-        quantile; "union" and "betting" test thresholds sequentially on one stream of fresh samples,
-        which also checks the center, by the confidence sequence of that name.
+        quantile; "union", "betting" and "calibrated" test thresholds sequentially on one stream of
+        fresh samples, which also checks the center, by the confidence sequence of that name.
       divergence: "l1", "l2" or "linf": a metric, since the proof needs the triangle inequality.
       eps_out_values: the thresholds that an adaptive test decides, in units of the divergence. By
         default a grid about the estimate from the first n0 samples.
       tolerance: relative width of eps_out to stop at, where the grid is the default one.
       clip: whether noisy images are clipped to [0,1].
       step: samples between two decisions of one image.
+      noise: "float" is the published code's, float32 normals, and covers no encoder that is built
+        to tell them from true ones; "grid" is sound, and rounds and clips, see `certify.noise`.
     """
 
     sigma: float = 0.25
@@ -55,14 +60,16 @@ class CenterConfig:
     alpha1: float = 0.005
     alpha2: float = 0.005
     delta: float = 0.05
-    bound: Literal["exact", "hoeffding", "union", "betting"] = "exact"
+    bound: Literal["exact", "hoeffding", "union", "betting", "calibrated"] = "exact"
     divergence: Literal["l1", "l2", "linf"] = "l2"
     eps_out_values: tuple[float, ...] = ()
     tolerance: float = 0.05
     clip: bool = False
     step: int = 128
+    noise: Literal["float", "grid"] = "float"
 
     def __post_init__(self):
+        check_name("noise", self.noise, NOISES)
         check_number(self, "sigma", "eps_in", "tolerance", above=0.0)
         check_number(self, "alpha1", "alpha2", above=0.0, below=1.0)
         check_number(self, "delta", above=0.0, below=0.5)
@@ -88,7 +95,7 @@ class CenterConfig:
     @property
     def adaptive(self) -> bool:
         """Whether the test may stop before n samples."""
-        return self.bound in ("union", "betting")
+        return self.bound in SEQUENCES
 
     @property
     def level(self) -> float:
@@ -97,8 +104,11 @@ class CenterConfig:
 
     @property
     def factor(self) -> float:
-        """eps_out over the bounded quantile: 1 + the ball's approximation."""
-        return 1.0 + APPROXIMATION
+        """eps_out over the bounded quantile: 1 + the ball's approximation, rounded up.
+
+        Not for "hoeffding", which gives the published code's numbers.
+        """
+        return (1.0 + APPROXIMATION) * (1.0 if self.bound == "hoeffding" else ROUNDED_UP)
 
     def _check_n0(self):
         """Raises UserError if n0 samples cannot find a center at delta and alpha1."""

@@ -63,6 +63,7 @@ def fixed(
             n=config.n0 + config.n,
             sigma=config.sigma,
             clip=config.clip,
+            noise=config.noise,
             mesh=mesh,
             batch_size=batch_size,
         )

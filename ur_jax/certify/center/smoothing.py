@@ -40,7 +40,8 @@ def center_smoothing(
         p = Phi(Phi^-1(1/2 + delta) + eps_in / sigma)
 
     where the center z is the sample of f(x + noise) whose median distance to the others is
-    smallest: its ball has at most twice the smallest radius (hence 3 = 1 + 2).
+    smallest: its ball has at most twice the smallest radius (hence 3 = 1 + 2). But for "hoeffding",
+    eps_out is rounded up by a factor of 1 + 2^-10, for the float32 of the distances.
 
     **Guarantee.** *Per stage:* given z, with probability at least 1 - alpha2 over the fresh noise
     drawn at x, the ball about z of radius eps_out / 3 has probability at least 1/2 + delta under
@@ -82,7 +83,7 @@ def center_smoothing(
     """
     check_type("encoder", encoder, Encoder)
     check_arguments(key, config, CenterConfig, mesh, batch_size)
-    pairs = paired(images, indices, encoder)
+    pairs = paired(images, indices, encoder, config.noise)
     mesh = mesh or data_mesh()
     encoder, key = replicate(mesh, (encoder, key))
     first_stage = functools.partial(
@@ -119,6 +120,7 @@ def _find_center(
         n=config.n0,
         sigma=config.sigma,
         clip=config.clip,
+        noise=config.noise,
         mesh=mesh,
         batch_size=batch_size,
     )

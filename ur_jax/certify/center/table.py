@@ -39,7 +39,7 @@ def rows(columns: Columns, config: CenterConfig) -> Iterator[Row]:
     certified = ~columns["abstained"]
     yield Row.of("certified", intervals.proportion_interval(int(certified.sum()), len(certified)))
     for name in ("eps_out", "quantile", "normalised"):
-        yield Row.of(f"median_{name}", _median_with_infinity(columns[name]))
+        yield Row.of(f"median_{name}", median_with_infinity(columns[name]))
 
 
 def curves(columns: Columns) -> Iterator[Curve]:
@@ -62,7 +62,7 @@ def values(columns: Columns) -> Iterator[Values]:
         yield Values(f"median_{name}", columns["index"], columns[name].astype(np.float64))
 
 
-def _median_with_infinity(values: np.ndarray) -> Estimate:
+def median_with_infinity(values: np.ndarray) -> Estimate:
     """Median with its interval, where an abstention is the largest value of all."""
     largest = np.finfo(np.float64).max
     value, low, high, n = intervals.median_interval(np.minimum(values.astype(np.float64), largest))
@@ -81,6 +81,12 @@ KIND = CERTIFICATES.register(
         relative=relative,
         curves=curves,
         values=values,
+        said=(
+            "The center of an image's representations under noise is within eps_out of the "
+            "certificate's, whatever change of at most eps_in in l2 is made to the image. This is "
+            "certified of the smoothed encoder whose value is that center (Kumar and Goldstein "
+            "2021), not of the encoder itself."
+        ),
         presets={
             "adaptive": CenterConfig(bound="union"),
             "quick": CenterConfig(bound="union", n0=1000, n=10_000),

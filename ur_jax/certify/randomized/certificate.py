@@ -16,8 +16,8 @@ from ur_jax.stats.bounds import (
     ConfidenceSequence,
     check_counts,
     clopper_pearson_lower,
-    confidence_sequence,
 )
+from ur_jax.stats.sequences import confidence_sequence
 
 
 class RadiusCertificate(NamedTuple):
@@ -115,7 +115,10 @@ def certified_radius(lower: float, sigma: float) -> float:
 
 def sequence(config: RandomizedConfig) -> ConfidenceSequence:
     """The confidence sequence of an adaptive configuration."""
-    return confidence_sequence(config.bound, alpha=config.alpha, n_max=config.n, step=config.step)
+    levels = tuple(float(p) for p in config.levels) if config.bound == "calibrated" else ()
+    return confidence_sequence(
+        config.bound, alpha=config.alpha, n_max=config.n, step=config.step, levels=levels
+    )
 
 
 def certified_accuracy(radius: np.ndarray, correct: np.ndarray, radii: np.ndarray) -> np.ndarray:

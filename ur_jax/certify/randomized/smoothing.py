@@ -144,6 +144,7 @@ class _Classes:
     step: int
     num_events: int
     first: int = 0
+    noise: str = "float"
 
     def observe(self, model, extra, images):
         """One event per class: it has the largest logit."""
@@ -191,7 +192,7 @@ def _run(classifier, images, key, config, tests, indices, mesh, batch_size, on_p
     """Streams the outcomes of counting classes; without `tests`, of the selection alone."""
     check_classifier(classifier)
     check_arguments(key, config, RandomizedConfig, mesh, batch_size)
-    pairs = paired(images, indices, classifier)
+    pairs = paired(images, indices, classifier, config.noise)
     n, mesh = config.n if tests else 0, mesh or data_mesh()
     return _outcomes(classifier, pairs, key, config, n, mesh, batch_size, on_progress)
 
@@ -206,6 +207,7 @@ def _outcomes(classifier, pairs, key, config, n, mesh, batch_size, on_progress):
     method = _Classes(
         sigma=config.sigma,
         clip=config.clip,
+        noise=config.noise,
         n0=config.n0,
         n=n,
         step=config.step,

@@ -95,6 +95,11 @@ KIND = CERTIFICATES.register(
         rows=rows,
         curves=curves,
         values=values,
+        said=(
+            "The class that a classifier gives most often under noise stays the same under every "
+            "change of at most the radius in l2. This is certified of the smoothed classifier "
+            "(Cohen et al. 2019), not of the classifier itself."
+        ),
         presets={
             "adaptive": RandomizedConfig(bound="union"),
             "quick": RandomizedConfig(bound="union", n=10_000),
