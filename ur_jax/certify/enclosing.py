@@ -120,7 +120,7 @@ def median_distances(representations: Array, *, divergence: str, mesh: Mesh) -> 
     def share(rows, representations):
         def block(rows):
             distances = pairwise_distances(rows, representations, divergence=divergence)
-            return _kth_smallest(distances, half(n))
+            return kth_smallest(distances, half(n))
 
         return jax.lax.map(block, rows.reshape(blocks, _ROW_BLOCK, -1)).ravel()
 
@@ -134,8 +134,8 @@ def median_distances(representations: Array, *, divergence: str, mesh: Mesh) -> 
     return medians[:n]
 
 
-def _kth_smallest(distances, k):
-    """The k-th smallest of each row of distances [M, N] >= 0, exactly."""
+def kth_smallest(distances, k):
+    """The k-th smallest of each row of distances [M, N] float32 >= 0, exactly."""
     # Floats >= 0 are ordered as their bits are: bisect on the integer, one count per bit. A row is
     # read 31 times, which is less than a sort moves.
     bits = jax.lax.bitcast_convert_type(distances, jnp.int32)

@@ -5,6 +5,11 @@
 Prints one table: center smoothing, and randomized smoothing of the classifier into the nearest of
 the images (see certify.py), each in (i) the published code's setting, (ii) the exact bound with the
 same samples, (iii) the adaptive tests. Seconds of (i) and (ii) include compilation.
+
+    python experiments/compare_certificates.py --encoder demo --images demo --smoothed \\
+        --num-images 32 --stream.out runs/smoothed
+
+compares center smoothing with the other smoothed encoders instead, see `compare_smoothed`.
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ from ur_jax.devices.memory import fit_batch_size
 from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError
-from ur_jax.jobs import parts
+from ur_jax.jobs import compare_smoothed, parts
+from ur_jax.jobs.compare_smoothed import Smoothed
 from ur_jax.jobs.progress import console
 from ur_jax.probes.classifier import Classifier, nearest_image_classifier
 
@@ -46,6 +52,9 @@ class Config:
     """Samples per device and forward pass; by default from the device's memory."""
     divide: int = 1
     """Divides the numbers of samples of all settings, to try it out."""
+    smoothed: bool = False
+    """Compare center smoothing with the other smoothed encoders instead, on one stream of noise."""
+    stream: Smoothed = Smoothed()
 
     def __post_init__(self):
         check_whole(self, "num_images", "divide")
@@ -83,6 +92,14 @@ def main(config: Config) -> None:
         batch_size=len(indices),
     )  # fmt: skip
     images = batch.images[batch.mask]
+    if config.smoothed:
+        size = config.batch_size or fit_batch_size(parts.encode, encoder, images.shape[1:])
+        console.print(
+            compare_smoothed.compare(
+                config.stream, encoder, source, config.num_images, config.seed, size
+            )
+        )
+        return
     nearest = nearest_image_classifier(encoder, parts.encode(encoder, images))
     size = config.batch_size or fit_batch_size(parts.encode, encoder, images.shape[1:])
     title = f"{config.encoder} on {len(images)} images of {config.images}"

@@ -2,6 +2,7 @@
 nearest direction. Each is a file of its own: settings, certificate, derivation and guarantee."""
 
 from ur_jax.certify.joint import table as _table  # registers them  # noqa: F401
+from ur_jax.certify.joint.center import StreamCenter, StreamCenterConfig
 from ur_jax.certify.joint.config import StreamConfig
 from ur_jax.certify.joint.cosine import Cosine, CosineCertificate, CosineConfig, cosine_of
 from ur_jax.certify.joint.geometric_median import (
@@ -36,6 +37,8 @@ __all__ = [
     "NeighbourCertificate",
     "NeighbourConfig",
     "Part",
+    "StreamCenter",
+    "StreamCenterConfig",
     "StreamConfig",
     "certify_stream",
     "clip_ball",

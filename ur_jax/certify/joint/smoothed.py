@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ur_jax.certify.inputs import check_one_key, paired
+from ur_jax.certify.joint.center import StreamCenter, StreamCenterConfig
 from ur_jax.certify.joint.config import StreamConfig
 from ur_jax.certify.joint.cosine import Cosine, CosineConfig, unit
 from ur_jax.certify.joint.geometric_median import (
@@ -60,6 +61,8 @@ def part_of(model: Encoder | Directions, config: StreamConfig) -> tuple[Part, Py
         return Neighbour(config), model.bank
     check_type("the model of these settings", model, Encoder)
     assert isinstance(model, Encoder)
+    if isinstance(config, StreamCenterConfig):
+        return StreamCenter(config), ()
     if isinstance(config, GeometricMedianConfig):
         return GeometricMedian(config), ()
     if isinstance(config, MeanConfig):
