@@ -50,6 +50,7 @@ _SCRIPTS = {
     "report": "ur_jax.report.build",
     "card": "ur_jax.report.card",
     "leaderboard": "ur_jax.report.leaderboard",
+    "attack-table": "ur_jax.jobs.attack_table",
     "compare-certificates": "ur_jax.jobs.compare_certificates",
     "convert-weights": "ur_jax.encoders.convert",
     "throughput": "ur_jax.performance.command",

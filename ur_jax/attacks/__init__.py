@@ -21,6 +21,7 @@ from ur_jax.attacks.momentum import Momentum
 from ur_jax.attacks.objectives import OBJECTIVES, Aim, Neighbour, Objective
 from ur_jax.attacks.rules import RULES, Point, StepRule
 from ur_jax.attacks.square import Square
+from ur_jax.attacks.strong import StrongConfig, StrongResult, strong
 from ur_jax.attacks.unsupervised import (
     AttackHistory,
     AttackResult,
@@ -46,12 +47,15 @@ __all__ = [
     "Point",
     "Square",
     "StepRule",
+    "StrongConfig",
+    "StrongResult",
     "best_until",
     "fgsm_config",
     "image_keys",
     "loss_pgd",
     "project",
     "random_start",
+    "strong",
     "u_fgsm",
     "u_pgd",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,116 +25,32 @@ import tyro
 from jax.sharding import Mesh
 
 from ur_jax import devices, metrics, runs
-from ur_jax.attacks import OBJECTIVES, RULES, AttackConfig, u_pgd
-from ur_jax.checks import check_distinct, check_whole
-from ur_jax.data import ImageBatch, check_batch_size, evenly_spaced, load_uint8
+from ur_jax.attacks import RULES, AttackConfig, strong, u_pgd
+from ur_jax.checks import check_distinct
+from ur_jax.data import (
+    ImageBatch,
+    check_batch_size,
+    evenly_spaced,
+    image_batches,
+    load_uint8,
+)
 from ur_jax.devices import hosts, memory
 from ur_jax.distances import distance
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError, unknown_name
-from ur_jax.jobs import attack_health, parts
+from ur_jax.jobs import attack_health, doubts, parts, strongest
 from ur_jax.jobs import label_free_tables as tables
 from ur_jax.jobs import label_free_values as per_image
 from ur_jax.jobs.base import Curve, Job, Session, register
+from ur_jax.jobs.label_free_config import PAPER, STAGES, EvaluationConfig
 from ur_jax.jobs.label_free_tables import DIVERGENCES
 from ur_jax.runs.summary import Summary
-from ur_jax.typed import check_types
 from ur_jax.types import Array, Values
 
-STAGES = ("distances", "attacks", "overlap", "breakaway")
-"""What can be evaluated on its own; all but overlap need the clean representations of the bank."""
-
 _NUM_SHOWN = 6
-_BANK = ("num_clean", "num_distribution")
-_ATTACK = ("step_size", "rule", "norm", "num_restarts", "objective")
-_SETTINGS = {
-    "distances": _BANK,
-    "attacks": (*_BANK, "num_images", "eps", "read_at", "nearest_level", *_ATTACK),
-    "overlap": ("num_images", "overlap_eps", "overlap_steps", *_ATTACK),
-    "breakaway": ("num_clean", "num_images", "breakaway_eps", "breakaway_steps", *_ATTACK),
-}
 _STEP_COST = 3  # forward passes that a step costs, with its gradient
 # Streams of random numbers, one per use; `tables.DISTRIBUTION` is the seventh.
 _UNTARGETED, _TARGETED, _TARGETS, _OVERLAP, _PAIRS, _BREAKAWAY = range(6)
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """The label-free protocol; the defaults are the paper's.
-
-    Attributes:
-      num_images: images attacked, and pairs of the overlap risk (at most half of all images).
-      num_clean: images of the bank that breakaway risk and neighbours look in; None for all.
-      num_distribution: images of the distance distribution, a subset of the bank; None for all.
-      eps: radii of the attacks, pixel units.
-      step_size: of every attack whose rule does not choose its own.
-      rule: how a gradient becomes a step in every attack, a name of `attacks.RULES`. All but
-        `fixed` are read at the best point until a step.
-      norm: of every attack, linf, l2 or l1.
-      num_restarts: independent runs of every attack, of which each image keeps its worst.
-      objective: what every attack maximises, a name of `attacks.OBJECTIVES`.
-      read_at: steps at which attacks are read.
-      overlap_eps, overlap_steps: the attacks on pairs.
-      breakaway_eps, breakaway_steps: the attack of breakaway risk and neighbour accuracy.
-      batch_size: images per batch, over all devices of a host; None where a script is to find the
-        largest that fits, see `fit_batch_size`.
-      nearest_level: distances become quantiles by the nearest stored level, as in the authors'
-        code (departure 8), instead of by the exact distribution.
-      seed: of every random draw.
-
-    Raises:
-      ValueError: for a value out of range.
-    """
-
-    num_images: int = 1000
-    num_clean: int | None = None
-    num_distribution: int | None = 100_000
-    eps: tuple[float, ...] = (0.05, 0.10)
-    step_size: float = 0.001
-    rule: str = "fixed"
-    norm: str = "linf"
-    num_restarts: int = 1
-    objective: str = "l2"
-    read_at: tuple[int, ...] = (5, 10, 30, 50)
-    overlap_eps: float = 0.05
-    overlap_steps: int = 10
-    breakaway_eps: float = 0.05
-    breakaway_steps: int = 25
-    batch_size: int | None = 64
-    nearest_level: bool = False
-    seed: int = 0
-
-    def __post_init__(self):
-        check_types(self)
-        check_whole(self, "overlap_steps", "breakaway_steps")
-        check_distinct(self, "eps", "read_at")
-        if not self.eps or not self.read_at or min(self.read_at) < 1:
-            raise UserError(
-                f"Expected at least one eps and steps read_at >= 1, got {self.eps}, {self.read_at}."
-            )
-        for field in ("num_images", "num_clean", "num_distribution", "batch_size"):
-            value = getattr(self, field)
-            if value is not None and value < 2:
-                raise UserError(f"Expected {field} >= 2, got {value}.")
-        for eps in (*self.eps, self.overlap_eps, self.breakaway_eps):
-            self.attack(eps, 1)
-
-    def of_stages(self, stages: Sequence[str]) -> dict[str, Any]:
-        """The settings that the results of some stages depend on, {field: value}."""
-        names = {"seed", "batch_size"}.union(*(_SETTINGS[stage] for stage in stages))
-        return {k: v for k, v in dataclasses.asdict(self).items() if k in names}
-
-    def attack(self, eps: float, num_steps: int) -> AttackConfig:
-        """The U-PGD of these settings."""
-        return AttackConfig(
-            eps, self.step_size, num_steps, self.norm,
-            num_restarts=self.num_restarts, rule=self.rule, objective=self.objective,
-        )  # fmt: skip
-
-    @property
-    def needs_bank(self) -> bool:
-        """Whether the objective looks at the neighbours in the bank."""
-        return getattr(OBJECTIVES[self.objective](), "needs_bank", False)
 
 
 @register("evaluate")
@@ -142,8 +58,8 @@ class EvaluationConfig:
 class LabelFree(Job):
     """The paper's label-free measures of one encoder, but for certification."""
 
-    stages: tuple[Literal["distances", "attacks", "overlap", "breakaway"], ...] = STAGES
-    """What to evaluate."""
+    stages: tuple[Literal["distances", "attacks", "overlap", "breakaway", "strongest"], ...] = PAPER
+    """What to evaluate: the paper's measures, and the strongest attack that is found."""
     protocol: tyro.conf.OmitArgPrefixes[EvaluationConfig] = EvaluationConfig()
 
     @property
@@ -164,6 +80,10 @@ class LabelFree(Job):
                 "attacks": len(protocol.eps) * attacked * (2 * steps + 1),
                 "overlap": 2 * min(attacked, total // 2) * (cost * protocol.overlap_steps + 1),
                 "breakaway": attacked * (cost * protocol.breakaway_steps + 1),
+                "strongest": sum(
+                    min(protocol.num_images, total) * protocol.strong(eps).forward_passes
+                    for eps in protocol.strong_eps
+                ),
             }[stage]
             for stage in self.stages
         )
@@ -202,7 +122,12 @@ class LabelFree(Job):
         job = dataclasses.replace(self, encoder=devices.replicate(session.mesh, self.model))
         if self._needs_bank:
             job._clean(session)
-        compute = {"attacks": job._attacks, "overlap": job._overlap, "breakaway": job._breakaway}
+        compute = {
+            "attacks": job._attacks,
+            "overlap": job._overlap,
+            "breakaway": job._breakaway,
+            "strongest": job._strongest,
+        }
         for stage in self.stages:
             if stage != "distances":  # they follow from the bank
                 compute[stage](session)
@@ -211,13 +136,14 @@ class LabelFree(Job):
         clean = self._bank(session).run.read_parts("clean") if self._needs_bank else {}
         run, config = session.run, self.protocol
         distributions = {}
-        if {"distances", "attacks"} & set(self.stages):
+        if {"distances", "attacks", "strongest"} & set(self.stages):
             distributions = tables.distributions(clean, config)
         make = {
             "distances": lambda: tables.distance_rows(run, distributions, clean, config),
             "attacks": lambda: tables.attack_rows(run, distributions, config),
             "breakaway": lambda: tables.breakaway_rows(run, clean, config, session.mesh),
             "overlap": lambda: tables.overlap_rows(run, config),
+            "strongest": lambda: strongest.rows(run, distributions, clean, config, session.mesh),
         }
         rows = [
             row
@@ -226,8 +152,13 @@ class LabelFree(Job):
             for row in runs.of_asked(table(), self._asked(stage))
         ]
         left_out = parts.unreadable(run, *([clean] if clean else []), but=("gallery",))
+        has_strongest = "strongest" in self.stages
         return self.summary(
-            rows, left_out, attack_health=attack_health.measured(run, self.attack_stages)
+            rows,
+            left_out,
+            attack_health=attack_health.measured(run, self.attack_stages),
+            **({"strongest": strongest.by_member(run, config)} if has_strongest else {}),
+            doubts=doubts.found(run, self.stages, clean, config),
         )
 
     def draw(self, session: Session) -> None:
@@ -261,12 +192,14 @@ class LabelFree(Job):
         modes = ("untargeted", "targeted")
         histories = tuple(f"{mode}_{eps:g}" for eps in self.protocol.eps for mode in modes)
         found = {"attacks": histories, "overlap": ("overlap",), "breakaway": ("breakaway",)}
+        found["strongest"] = tuple(map(strongest.part_name, self.protocol.strong_eps))
         return tuple(name for stage in self.stages for name in found.get(stage, ()))
 
     @classmethod
     def remarks(cls, summary: Summary) -> Iterator[str]:
         yield from super().remarks(summary)
         yield from attack_health.remarks(summary.details.get("attack_health", {}))
+        yield from doubts.remarks(summary.details.get("doubts", ()))
 
     @classmethod
     def curves(
@@ -401,6 +334,44 @@ class LabelFree(Job):
 
         self._stage(session, "breakaway", "breakaway attack", compute, indices)
 
+    def _strongest(self, session: Session) -> None:
+        """The worst of several attacks on each image, at each eps."""
+        config, mesh = self.protocol, session.mesh
+        indices = evenly_spaced(len(self.source()), config.num_images)
+        starts = range(config.strong_restarts)
+        key = self._key(strongest.TARGETS)
+        targets = [_derangement(indices, jax.random.fold_in(key, start)) for start in starts]
+        bank = functools.cache(lambda: self._neighbours(mesh))  # if anything is missing
+        for eps in config.strong_eps:
+
+            def compute(batch, *others, eps=eps):
+                towards = jnp.stack([self._target(mesh, other) for other in others])
+                images, keys = self._with_keys(mesh, batch, strongest.STREAM)
+                found = strong(
+                    self.model,
+                    images,
+                    keys,
+                    config=config.strong(eps),
+                    targets=towards,
+                    bank=bank(),
+                )
+                again = self._encode(mesh, batch)
+                return strongest.columns(found, again, config.strong(eps))
+
+            name, title = strongest.part_name(eps), f"the strongest attack found, eps {eps:g}"
+            self._stage(session, name, title, compute, indices, *targets)
+
+    def _neighbours(self, mesh: Mesh) -> Array:
+        """Clean representations (N,D) that attacks on neighbours look at, the same on all hosts."""
+        total = self.protocol.num_clean or len(self.source())
+        batches = image_batches(
+            self.source(), evenly_spaced(len(self.source()), min(total, strongest.NEIGHBOURS)),
+            input_size=self.model.input_size, preparation=self.model.preparation,
+            batch_size=self._batch_size,
+        )  # fmt: skip
+        found = [np.asarray(self._encode(mesh, batch))[batch.mask] for batch in batches]
+        return devices.replicate(mesh, jnp.concatenate(found))
+
     def _stage(
         self, session: Session, name: str, title: str, compute: Any, *indices: np.ndarray
     ) -> None:
@@ -431,16 +402,28 @@ class LabelFree(Job):
         target: Array | None, bank: Array | None = None,
     ):  # fmt: skip
         """`u_pgd` of a batch over the devices, each image's start drawn by its own index."""
-        fold = jax.vmap(jax.random.fold_in, (None, 0))
-        keys = fold(self._key(stream), batch.indices.astype(np.uint32))
-        images, keys = devices.shard(mesh, (batch.images, keys))
+        images, keys = self._with_keys(mesh, batch, stream)
         return u_pgd(self.model, images, keys, config=attack, target=target, bank=bank)
 
+    def _with_keys(self, mesh: Mesh, batch: ImageBatch, stream: int) -> tuple[Array, Array]:
+        """The images of a batch, each with a key of its own index, over the devices."""
+        fold = jax.vmap(jax.random.fold_in, (None, 0))
+        keys = fold(self._key(stream), batch.indices.astype(np.uint32))
+        return devices.shard(mesh, (batch.images, keys))
 
+
+_QUICK = EvaluationConfig(num_images=64, read_at=(5, 10, 20), num_distribution=None)
 LabelFree.presets = {
     "paper": LabelFree(),
-    "quick": LabelFree(
-        protocol=EvaluationConfig(num_images=64, read_at=(5, 10, 20), num_distribution=None)
+    "quick": LabelFree(protocol=_QUICK),
+    "strong": LabelFree(
+        stages=STAGES, protocol=dataclasses.replace(_QUICK, read_at=(5, 10, 30, 50))
+    ),
+    # What the paper's 50 steps find, in 8: see attacks/README.md.
+    "fast": LabelFree(
+        protocol=dataclasses.replace(
+            _QUICK, rule="apgd", read_at=(8,), overlap_steps=8, breakaway_steps=8
+        )
     ),
 }
 

@@ -128,7 +128,9 @@ class Config:
 
 _QUICK = Config(
     preset="quick",
-    protocol=EvaluationConfig(num_images=64, read_at=(5, 10, 20), num_distribution=None),
+    protocol=EvaluationConfig(
+        num_images=64, read_at=(5, 10, 20), num_distribution=None, strong_steps=10
+    ),
     probe=ProbeSettings(num_images=2560, num_test_images=512, cached=True),
     certificates=CertificateSettings(
         num_images=16,
@@ -361,6 +363,8 @@ def _label_free(cell: Cell) -> Iterator[Planned]:
         yield Planned(f"attacks-{eps:g}", job("attacks", eps=(eps,)))
     yield Planned("overlap", job("overlap"))
     yield Planned("breakaway", job("breakaway"))
+    for eps in protocol.strong_eps:
+        yield Planned(f"strongest-{eps:g}", job("strongest", strong_eps=(eps,)))
 
 
 @STAGES.register("probes")

@@ -211,6 +211,7 @@ def _register_ours() -> None:
         "Distance of the representations of two clean images.",
         "section 4", _evaluate("median clean distance", headline=False),
     ))  # fmt: skip
+    _register_strongest()
     _register_certificates()
     add("impersonation_success", Metric(
         "proportion", "low",
@@ -222,6 +223,38 @@ def _register_ours() -> None:
         "Share of images whose class is the one that their nearest neighbours vote for.",
         "Wu et al. 2018",
         (Column("knn", "k nearest neighbours, accuracy", labels=True),),
+    ))  # fmt: skip
+
+
+def _register_strongest() -> None:
+    """Of the worst of several strong attacks on each image; never mixed with the paper's."""
+    add = METRICS.register
+    source = "after Croce & Hein 2020"
+    add("strongest_universal_quantile", Metric(
+        "median", "low",
+        "Universal quantile by the strongest attack found: of APGD (l2, cosine, targeted) and "
+        "Square, several starts each, the worst on each image.",
+        source, _evaluate("strongest found: universal quantile"),
+    ))  # fmt: skip
+    add("strongest_normalised_distance", Metric(
+        "median", "low",
+        "Distance by the strongest attack found over the median distance of clean images.",
+        source, _evaluate("strongest found: normalised distance", headline=False),
+    ))  # fmt: skip
+    add("strongest_breakaway_risk", Metric(
+        "mean", "low",
+        "Breakaway risk by the strongest attack found, the one of the worst rank on each image.",
+        source, _evaluate("strongest found: breakaway risk"),
+    ))  # fmt: skip
+    add("strongest_top_1_accuracy", Metric(
+        "proportion", "high",
+        "Share of images whose own clean image is the nearest whichever attack is made.",
+        source, _evaluate("strongest found: nearest neighbour, top 1"),
+    ))  # fmt: skip
+    add("strongest_top_5_accuracy", Metric(
+        "proportion", "high",
+        "Share of images whose own clean image is among the 5 nearest whichever attack is made.",
+        source, _evaluate("strongest found: nearest neighbour, top 5", headline=False),
     ))  # fmt: skip
 
 

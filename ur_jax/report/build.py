@@ -135,6 +135,7 @@ def make_page(material: Material) -> page.Page:
     drawn, shown = list(_curves(material)), list(_pictures(material))  # both may find problems
     sections = (
         *comparison(found, material.encoders),
+        Section("doubts", "Can they be trusted?", list(_doubts(found))),
         Section("curves", "Curves", drawn),
         Section("pictures", "Pictures", shown),
         Section("correlation", "Do they agree?", list(_correlation(found))),
@@ -234,6 +235,40 @@ def _table(
     )
     winners = [compared.best(column) for column in columns]
     yield page.comparison_table(encoders, columns, winners)
+
+
+def _doubts(found: collect.Results) -> Iterator[Block]:
+    """What the evaluations doubt of themselves: signs that an attack was hindered or not done."""
+    lines = [
+        {"stage": "/".join(place), **doubt}
+        for place, summary in found.summaries.items()
+        for doubt in summary.details.get("doubts", ())
+    ]
+    if lines:
+        columns = {
+            heading: [line[name] for line in lines]
+            for heading, name in (
+                ("stage", "stage"), ("doubt", "name"), ("what was seen", "seen"),
+                ("cause", "cause"), ("what to do", "remedy"),
+            )
+        }  # fmt: skip
+        yield page.plain_table(columns, text=tuple(columns))
+        return
+    asked = [s for s in found.summaries.values() if "doubts" in s.details]
+    has_strongest = any("strongest" in s.details for s in asked)
+    if not asked:
+        yield _NOTHING
+    elif has_strongest:
+        yield page.Paragraph(
+            "Nothing speaks against it: gradients were there, Square found no more than APGD, the "
+            "budget sufficed, the starts agree, the clean representations are spread out."
+        )
+    else:
+        yield page.Paragraph(
+            "The clean representations are spread out. Whether attacks are hindered is known where "
+            "the strongest attack is looked for: evaluate --stages strongest.",
+            "soft",
+        )
 
 
 def _curves(material: Material) -> Iterator[Block]:

@@ -1,0 +1,264 @@
+"""What each attack finds at which cost, on one page: `ur-jax attack-table`.
+
+    python experiments/attack_table.py --encoders demo demo-robust --images demo \\
+        --out runs/attacks.csv
+
+Attacks the same images of each encoder at each radius (linf) by the paper's steps, by steps of
+eps/10, by momentum, by APGD on every objective, by Square, and takes the worst on each image
+(`strong`). Prints a row for each: median l2 distance, universal quantile, breakaway risk, top-1
+accuracy, what it cost; seconds at the first radius include compiling. Rows are written to --out as they are finished; the same command again
+computes only those that are missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from ur_jax import data, metrics, runs
+from ur_jax.attacks import AttackConfig, StrongConfig, strong, u_pgd
+from ur_jax.checks import check_whole
+from ur_jax.encoders import loading
+from ur_jax.encoders.base import Encoder
+from ur_jax.errors import UserError
+from ur_jax.jobs.progress import console
+from ur_jax.metrics import DistanceDistribution
+from ur_jax.typed import check_types
+from ur_jax.types import Array
+
+COLUMNS = (
+    *("encoder", "eps", "attack", "median_distance", "universal_quantile", "breakaway_risk"),
+    *("top_1_accuracy", "gradient_steps", "queries", "seconds"),
+)
+_CLEAN_AT_ONCE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which encoders, on which images."""
+
+    encoders: tuple[str, ...] = ("demo", "demo-robust")
+    """Checkpoint directories, encoders that ship, or functions that make one."""
+    images: str = tyro.MISSING
+    """Image spec: folder:PATH, tfds:NAME/SPLIT or demo."""
+    eps: tuple[float, ...] = (0.01, 0.05, 0.1)
+    """Radii, linf, in pixel units."""
+    num_images: int = 64
+    """Attacked ones, evenly spaced."""
+    num_clean: int | None = None
+    """Images of the bank, evenly spaced; all by default."""
+    budget: int = 50
+    """Gradient steps of a start of the strong attacks."""
+    only: tuple[str, ...] = ()
+    """Names of attacks; all by default."""
+    out: Path | None = None
+    """File of the rows, as CSV."""
+    seed: int = 0
+    """Of every random draw."""
+
+    def __post_init__(self):
+        check_types(self, but=(tyro.MISSING,))
+        check_whole(self, "num_images", "budget")
+        check_whole(self, "num_clean", optional=True)
+        check_whole(self, "seed", least=0)
+        for eps in self.eps:
+            StrongConfig(eps, self.budget)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """An attack of the table.
+
+    Attributes:
+      config: at an eps.
+      is_targeted: towards another image.
+      needs_bank: looks at neighbours.
+    """
+
+    config: Callable[[float], AttackConfig]
+    is_targeted: bool = False
+    needs_bank: bool = False
+
+
+def attacks(budget: int) -> dict[str, Attack]:
+    """{name: attack}, weakest first; the paper's are at its own steps."""
+    of = lambda steps, **more: lambda eps: AttackConfig(eps, num_steps=steps, **more)
+    tenth = lambda rule: lambda eps: AttackConfig(eps, eps / 10, budget, rule=rule)
+    return {
+        "paper, 25 steps": Attack(of(25)),
+        "paper, 50 steps": Attack(of(50)),
+        "paper, 50 steps, 5 restarts": Attack(of(50, num_restarts=5)),
+        "steps of eps/10": Attack(tenth("fixed")),
+        "momentum, steps of eps/10": Attack(tenth("momentum")),
+        "APGD, 8 steps": Attack(of(8, rule="apgd")),
+        "APGD": Attack(of(budget, rule="apgd")),
+        "APGD, twice the steps": Attack(of(2 * budget, rule="apgd")),
+        "APGD, cosine": Attack(of(budget, rule="apgd", objective="cosine")),
+        "APGD, neighbour": Attack(of(budget, rule="apgd", objective="neighbour"), needs_bank=True),
+        "APGD, targeted": Attack(of(budget, rule="apgd"), is_targeted=True),
+        "Square": Attack(of(10 * budget, rule="square")),
+    }
+
+
+def main(config: Config) -> int:
+    """Computes the missing rows and prints all."""
+    known = [*attacks(config.budget), "strong"]
+    for name in config.only:
+        if name not in known:
+            raise UserError(f"Unknown attack {name!r}; choose from {', '.join(known)}.")
+    done = _read(config.out)
+    rows: list[dict[str, Any]] = []
+    for encoder in config.encoders:
+        missing = [
+            (eps, name)
+            for eps in config.eps
+            for name in config.only or known
+            if (encoder, f"{eps:g}", name) not in done
+        ]
+        rows += [row for key, row in done.items() if key[0] == encoder]
+        if not missing:
+            continue
+        bench = _Bench.open(config, encoder)
+        for eps, name in missing:
+            rows.append({"encoder": encoder, **bench.row(eps, name)})
+            console.print(_line(rows[-1]), highlight=False, markup=False, soft_wrap=True)
+            if config.out is not None:
+                _write(config.out, [*(r for r in done.values() if r not in rows), *rows])
+    console.print(table(rows), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bench:
+    """What every attack of an encoder is given."""
+
+    config: Config
+    encoder: Encoder
+    images: Array
+    clean: Array
+    bank: np.ndarray
+    own: np.ndarray
+    distribution: DistanceDistribution
+
+    @classmethod
+    def open(cls, config: Config, place: str) -> _Bench:
+        """Loads the encoder and the images, and encodes the bank."""
+        encoder = loading.load_encoder(place)
+        source = data.open_images(config.images)
+        total = len(source)
+        chosen = data.evenly_spaced(total, config.num_images, what="num_images")
+        of_bank = data.evenly_spaced(total, config.num_clean or total, what="num_clean")
+        load = lambda indices: data.load_uint8(
+            source, indices, input_size=encoder.input_size, preparation=encoder.preparation
+        ).images.astype(np.float32) / np.float32(255.0)  # fmt: skip
+        represent = jax.jit(lambda encoder, images: encoder(images))
+        bank = np.concatenate([
+            represent(encoder, load(of_bank[start : start + _CLEAN_AT_ONCE]))
+            for start in range(0, len(of_bank), _CLEAN_AT_ONCE)
+        ])  # fmt: skip
+        places = {index: row for row, index in enumerate(of_bank)}
+        own = np.array([places.get(index, -1) for index in chosen])
+        images = jnp.asarray(load(chosen))
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        distribution = metrics.distance_distribution(jnp.asarray(bank), key)
+        return cls(config, encoder, images, represent(encoder, images), bank, own, distribution)
+
+    def row(self, eps: float, name: str) -> dict[str, Any]:
+        """The row of an attack; its seconds at the first radius include compiling."""
+        key = jax.random.key(self.config.seed)
+        if name == "strong":
+            settings = StrongConfig(eps, self.config.budget, with_bank=True)
+            bank = jnp.asarray(self.bank)
+            run = lambda: strong(self.encoder, self.images, key, config=settings, bank=bank).each
+            counts = {n: c.num_steps * settings.num_restarts for n, c in settings.members.items()}
+            queries = counts.pop("square", 0)
+            steps = sum(counts.values())
+        else:
+            attack = attacks(self.config.budget)[name]
+            settings = attack.config(eps)
+            target = jnp.roll(self.clean, -1, axis=0) if attack.is_targeted else None
+            bank = jnp.asarray(self.bank) if attack.needs_bank else None
+            run = lambda: u_pgd(
+                self.encoder, self.images, key, config=settings, target=target, bank=bank
+            ).representations[:, None]
+            total = settings.num_steps * settings.num_restarts
+            steps, queries = (0, total) if settings.rule == "square" else (total, 0)
+        started = time.monotonic()
+        found = jax.block_until_ready(run())
+        seconds = time.monotonic() - started
+        measured = self._measured(found)
+        return {
+            "eps": eps, "attack": name, **measured,
+            "gradient_steps": steps, "queries": queries, "seconds": seconds,
+        }  # fmt: skip
+
+    def _measured(self, found: Array) -> dict[str, float]:
+        """The numbers of the worst of some representations (B,R,D) of each image."""
+        num_runs = found.shape[1]
+        far = jnp.linalg.norm(found - self.clean[:, None], axis=2).max(1)
+        ranks = metrics.neighbour_ranks(
+            found.reshape(-1, found.shape[2]),
+            jnp.repeat(self.clean, num_runs, axis=0),
+            self.bank,
+            own_index=np.repeat(self.own, num_runs),
+        )
+        rank = jnp.reshape(ranks.rank, (-1, num_runs)).max(1)
+        worst = metrics.Ranks(rank, jnp.reshape(ranks.compared, (-1, num_runs))[:, 0])
+        mean = lambda values: float(np.mean(np.asarray(values)))
+        return {
+            "median_distance": float(np.median(far)),
+            "universal_quantile": float(
+                np.median(metrics.universal_quantile(self.distribution, far))
+            ),
+            "breakaway_risk": mean(metrics.breakaway_risk(worst)),
+            "top_1_accuracy": mean(metrics.nearest_neighbour_hits(worst, k=1)),
+        }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table in Markdown."""
+    heads = [name.replace("_", " ") for name in COLUMNS]
+    return "\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *map(_line, rows)])
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    """A row's cells, as text."""
+    decimals = {"median_distance": 3, "universal_quantile": 3, "breakaway_risk": 3}
+    decimals |= {"top_1_accuracy": 3, "seconds": 1}
+    for name in COLUMNS:
+        value = row[name]
+        yield f"{float(value):.{decimals[name]}f}" if name in decimals else str(value)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row of it."""
+    return f"| {' | '.join(_cells(row))} |"
+
+
+def _read(path: Path | None) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """{(encoder, eps, attack): row} of what is finished."""
+    if path is None or not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if rows and tuple(rows[0]) != COLUMNS:
+        raise UserError(f"Expected a file of this command as --out, got {path}; give another one.")
+    return {(row["encoder"], f"{float(row['eps']):g}", row["attack"]): row for row in rows}
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes all rows, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with runs.atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
