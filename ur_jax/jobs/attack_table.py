@@ -6,8 +6,8 @@
 Attacks the same images of each encoder at each radius (linf) by the paper's steps, by steps of
 eps/10, by momentum, by APGD on every objective, by Square, and takes the worst on each image
 (`strong`). Prints a row for each: median l2 distance, universal quantile, breakaway risk, top-1
-accuracy, what it cost; seconds at the first radius include compiling. Rows are written to --out as they are finished; the same command again
-computes only those that are missing.
+accuracy, what it cost; seconds at the first radius include compiling. Rows are written to --out as
+they are finished; the same command again computes only those that are missing.
 """
 
 from __future__ import annotations
