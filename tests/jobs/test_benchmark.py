@@ -49,7 +49,7 @@ def config(tmp_path, tiny):
 def test_the_matrix_and_what_each_setting_changes(config):
     whole = make_plan(config)
     names = {key.partition("/")[2] for key in whole.stages}
-    assert len(whole.stages) == 2 * len(names) == 22
+    assert len(whole.stages) == 2 * len(names) == 24
     assert {key.partition("/")[0] for key in whole.stages} == {"run", "gone"}
     assert "nowhere" in whole.stages["gone/overlap"].missing
     assert "--train-images" in whole.stages["run/probe-noisy"].left_out
@@ -70,7 +70,7 @@ def test_the_matrix_and_what_each_setting_changes(config):
     )
     assert changed(certificates=certificates) == {"certified-divergence"}
     assert changed(protocol=replace(config.protocol, seed=1)) == {
-        "distances", "attacks-0.05", "attacks-0.1", "overlap", "breakaway",
+        "distances", "attacks-0.05", "attacks-0.1", "overlap", "breakaway", "strongest-0.05",
     }  # fmt: skip
     # A probe is a setting of what it is used for.
     assert changed(probe=replace(config.probe, num_draws=3)) == {

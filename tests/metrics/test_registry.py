@@ -16,6 +16,8 @@ REPORTED = {
         *("universal_quantile", "universal_quantile_targeted", "relative_quantile"),
         *("normalised_distance", "cosine_similarity", "breakaway_risk", "top_1_accuracy"),
         *("top_5_accuracy", "adversarial_margin", "overlap_risk", "median_clean_distance"),
+        *("strongest_universal_quantile", "strongest_normalised_distance"),
+        *("strongest_breakaway_risk", "strongest_top_1_accuracy", "strongest_top_5_accuracy"),
     },
     "certify": {
         *("certified", "median_eps_out", "median_quantile", "median_normalised"),
@@ -33,6 +35,7 @@ LOW = {
     *("median_eps_out", "median_quantile", "median_normalised", "impersonation_success"),
     *("smoothed_eps_out", "smoothed_eps_out_population", "smoothed_quantile"),
     "smoothed_normalised",
+    *("strongest_universal_quantile", "strongest_normalised_distance", "strongest_breakaway_risk"),
 }
 
 
