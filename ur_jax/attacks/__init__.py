@@ -16,12 +16,16 @@ from ur_jax.attacks.apgd import Apgd
 from ur_jax.attacks.ascent import Health, best_until
 from ur_jax.attacks.ball import NORMS, image_keys, project
 from ur_jax.attacks.config import AttackConfig, fgsm_config
+from ur_jax.attacks.expectation import apply_transformed, eot_pgd
 from ur_jax.attacks.loss import LossAttackResult, loss_pgd
 from ur_jax.attacks.momentum import Momentum
 from ur_jax.attacks.objectives import OBJECTIVES, Aim, Neighbour, Objective
+from ur_jax.attacks.patch import PatchConfig, patch_attack, patch_mask
 from ur_jax.attacks.rules import RULES, Point, StepRule
 from ur_jax.attacks.square import Square
 from ur_jax.attacks.strong import StrongConfig, StrongResult, strong
+from ur_jax.attacks.transfer import ensemble, transfer_matrix
+from ur_jax.attacks.universal import perturbed, universal_perturbation
 from ur_jax.attacks.unsupervised import (
     AttackHistory,
     AttackResult,
@@ -44,18 +48,27 @@ __all__ = [
     "Momentum",
     "Neighbour",
     "Objective",
+    "PatchConfig",
     "Point",
     "Square",
     "StepRule",
     "StrongConfig",
     "StrongResult",
+    "apply_transformed",
     "best_until",
+    "ensemble",
+    "eot_pgd",
     "fgsm_config",
     "image_keys",
     "loss_pgd",
+    "patch_attack",
+    "patch_mask",
+    "perturbed",
     "project",
     "random_start",
     "strong",
+    "transfer_matrix",
     "u_fgsm",
     "u_pgd",
+    "universal_perturbation",
 ]
