@@ -67,6 +67,12 @@ def test_the_numbers_are_those_of_the_worst_run_on_each_image(source, tmp_path):
     np.testing.assert_allclose(risk.value, np.mean(ranks) / 23, rtol=1e-6)
     assert values["strongest_top_1_accuracy"].value == np.mean(np.array(ranks) == 0)
     assert (risk.eps, risk.step, risk.n) == (0.05, 12, 8)
+    for each in LabelFree.values(tmp_path / "out", summary, {}):
+        if "distance" not in each.metric:  # of which the median clean one is not here
+            row = values[each.metric]
+            of = np.median if "quantile" in each.metric else np.mean
+            np.testing.assert_allclose(row.value, of(each.value), rtol=1e-6)
+            assert (each.eps, each.step, each.divergence) == (row.eps, row.step, row.divergence)
     members = summary.details["strongest"]["0.05"]
     assert abs(sum(each["farthest_on"] for each in members.values()) - 1) < 1e-9
 

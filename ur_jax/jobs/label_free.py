@@ -42,7 +42,7 @@ from ur_jax.jobs import attack_health, doubts, parts, strongest
 from ur_jax.jobs import label_free_tables as tables
 from ur_jax.jobs import label_free_values as per_image
 from ur_jax.jobs.base import Curve, Job, Session, register
-from ur_jax.jobs.label_free_config import PAPER, STAGES, EvaluationConfig
+from ur_jax.jobs.label_free_config import PAPER, PRESETS, STAGES, EvaluationConfig
 from ur_jax.jobs.label_free_tables import DIVERGENCES
 from ur_jax.runs.summary import Summary
 from ur_jax.types import Array, Values
@@ -217,13 +217,15 @@ class LabelFree(Job):
         cls, folder: Path, summary: Summary, siblings: Mapping[str, Summary]
     ) -> Iterator[Values]:
         stages, protocol = summary.identity["stages"], summary.identity["protocol"]
+        scale = tables.median_clean_distance((summary, *siblings.values()))
         if "attacks" in stages:
-            scale = tables.median_clean_distance((summary, *siblings.values()))
             yield from per_image.attack_values(folder, protocol, scale)
         if "breakaway" in stages:
             yield from per_image.breakaway_values(folder, protocol)
         if "overlap" in stages:
             yield from per_image.overlap_values(folder, protocol)
+        if "strongest" in stages:
+            yield from per_image.strongest_values(folder, protocol, scale)
 
     def _asked(self, stage: str) -> int:
         """Images, or pairs, whose numbers a stage is to report."""
@@ -412,20 +414,7 @@ class LabelFree(Job):
         return devices.shard(mesh, (batch.images, keys))
 
 
-_QUICK = EvaluationConfig(num_images=64, read_at=(5, 10, 20), num_distribution=None)
-LabelFree.presets = {
-    "paper": LabelFree(),
-    "quick": LabelFree(protocol=_QUICK),
-    "strong": LabelFree(
-        stages=STAGES, protocol=dataclasses.replace(_QUICK, read_at=(5, 10, 30, 50))
-    ),
-    # What the paper's 50 steps find, in 8: see attacks/README.md.
-    "fast": LabelFree(
-        protocol=dataclasses.replace(
-            _QUICK, rule="apgd", read_at=(8,), overlap_steps=8, breakaway_steps=8
-        )
-    ),
-}
+LabelFree.presets = {name: LabelFree(**settings) for name, settings in PRESETS.items()}
 
 
 def fit_batch_size(

@@ -117,3 +117,21 @@ class EvaluationConfig:
     def needs_bank(self) -> bool:
         """Whether the objective looks at the neighbours in the bank."""
         return getattr(OBJECTIVES[self.objective](), "needs_bank", False)
+
+
+_QUICK = EvaluationConfig(num_images=64, read_at=(5, 10, 20), num_distribution=None)
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "quick": {"protocol": _QUICK},
+    "strong": {
+        "stages": STAGES,
+        "protocol": dataclasses.replace(_QUICK, read_at=(5, 10, 30, 50)),
+    },
+    # What the paper's 50 steps find, in 8: see attacks/README.md.
+    "fast": {
+        "protocol": dataclasses.replace(
+            _QUICK, rule="apgd", read_at=(8,), overlap_steps=8, breakaway_steps=8
+        )
+    },
+}
+"""Fields of the job `evaluate`, by preset; the first is the default."""

@@ -70,6 +70,32 @@ def breakaway_values(folder: Path, protocol: Mapping[str, Any]) -> Iterator[Valu
         yield Values(name, table["image"], np.asarray(value, np.float64), "l2", **under)
 
 
+def strongest_values(
+    folder: Path, protocol: Mapping[str, Any], scale: float | None
+) -> Iterator[Values]:
+    """Of the worst run on each image, by l2; `scale` as in `attack_values`."""
+    table = runs.read_table(folder / "strongest.parquet")
+    for eps in protocol["strong_eps"]:
+        columns = {name: column[table["eps"] == eps] for name, column in table.items()}
+        index = columns["image"]
+        first = np.flatnonzero(np.append(True, index[1:] != index[:-1]))  # an image's runs follow
+        of_worst = {
+            name: np.maximum.reduceat(columns[name].astype(np.float64), first)
+            for name in ("rank", "compared", "universal_quantile_l2", "dist_l2")
+        }
+        rank = of_worst["rank"]
+        found = {
+            "strongest_universal_quantile": of_worst["universal_quantile_l2"],
+            "strongest_breakaway_risk": rank / of_worst["compared"],
+            "strongest_top_1_accuracy": (rank < 1).astype(np.float64),
+            "strongest_top_5_accuracy": (rank < 5).astype(np.float64),
+        }
+        if scale is not None:
+            found["strongest_normalised_distance"] = of_worst["dist_l2"] / scale
+        for name, value in found.items():
+            yield Values(name, index[first], value, "l2", eps=eps, step=protocol["strong_steps"])
+
+
 def overlap_values(folder: Path, protocol: Mapping[str, Any]) -> Iterator[Values]:
     """Margins and overlap risk of pairs, by each divergence."""
     table = runs.read_table(folder / "pairs.parquet")

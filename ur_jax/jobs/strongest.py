@@ -66,12 +66,11 @@ def rows(
         ranks = _ranks(part, bank, mesh)
         worst, farthest = ranks.rank.max(axis=1), far.max(axis=1)
         whole = Ranks(worst, ranks.compared[:, 0])
-        F = distributions["l2"]
+        shares = metrics.universal_quantile(distributions["l2"], jnp.asarray(far))
+        shares = np.where(np.isinf(far), 1.0, shares)
         values = {
-            "strongest_universal_quantile": np.where(
-                np.isinf(farthest), 1.0, metrics.universal_quantile(F, jnp.asarray(farthest))
-            ),
-            "strongest_normalised_distance": farthest / float(F.median),
+            "strongest_universal_quantile": shares.max(axis=1),
+            "strongest_normalised_distance": farthest / float(distributions["l2"].median),
             "strongest_breakaway_risk": metrics.breakaway_risk(whole),
             "strongest_top_1_accuracy": metrics.nearest_neighbour_hits(whole, k=1),
             "strongest_top_5_accuracy": metrics.nearest_neighbour_hits(whole, k=5),
@@ -86,6 +85,7 @@ def rows(
             "attack": np.tile([name for name, _ in runs], count),
             "start": np.tile([start for _, start in runs], count),
             "dist_l2": far.ravel(),
+                "universal_quantile_l2": shares.ravel(),
             "rank": np.asarray(ranks.rank).ravel(),
             "compared": np.asarray(ranks.compared).ravel(),
             "zero_gradients": part["flat"].ravel(),
