@@ -50,7 +50,25 @@ def test_the_moving_ball_exceeds_eps_and_ours_is_one_u_pgd():
         assert np.abs(after - before).max() <= 0.1 + ULP
 
 
+def test_other_rules_read_an_attack_of_its_own_at_every_step():
+    rng = np.random.default_rng(1)
+    images = jnp.asarray(rng.uniform(0.4, 0.6, (2, *SIZE, 3)).astype(np.float32))
+    keys, target = jax.random.split(jax.random.key(0), 2), jnp.array([[0.9], [0.1]])
+    settings = ImpersonationConfig(eps=0.1, read_at=(1, 3), rule="apgd")
+    first, second = attack(ENCODER, images, keys, target, config=settings)
+    alone = u_pgd(
+        ENCODER, images, keys, target=target, config=AttackConfig(0.1, num_steps=3, rule="apgd")
+    )
+    np.testing.assert_array_equal(second, alone.images)
+    for attacked in (first, second):  # a step of 2 eps reaches the face of the ball at once
+        np.testing.assert_allclose(np.abs(attacked - images), 0.1, atol=ULP)
+
+
 def test_bad_settings():
+    with pytest.raises(ValueError, match="one start with a moving ball"):
+        ImpersonationConfig(rule="apgd", moving_ball=True)
+    with pytest.raises(ValueError, match="objective with a target"):
+        ImpersonationConfig(objective="neighbour")
     for read_at in ((), (0, 1), (3, 3)):
         with pytest.raises(ValueError, match="increasing read_at"):
             ImpersonationConfig(read_at=read_at)

@@ -103,7 +103,9 @@ class Impersonate(Job):
     @property
     def samples(self) -> int:
         number = self.attack.num_images or len(self.source()) // 2
-        return 2 * number * (3 * max(self.attack.read_at) + 2)
+        reads = self.attack.read_at
+        steps = sum(reads) if self.attack.is_read_apart else max(reads)
+        return 2 * number * (3 * self.attack.num_restarts * steps + 2)
 
     def opened(self) -> Self:
         """With its probe loaded too, if that is there: a benchmark plans before it is."""

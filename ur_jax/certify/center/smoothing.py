@@ -87,7 +87,7 @@ def center_smoothing(
     mesh = mesh or data_mesh()
     encoder, key = replicate(mesh, (encoder, key))
     first_stage = functools.partial(
-        _find_center, encoder, key, config=config, mesh=mesh, batch_size=batch_size
+        find_center, encoder, key, config=config, mesh=mesh, batch_size=batch_size
     )
 
     def centered():
@@ -105,11 +105,11 @@ def _represent(encoder, images):
     return encoder(images)
 
 
-def _find_center(
+def find_center(
     encoder: Encoder, key: Key, image: Array, index: int, *, config: CenterConfig, mesh: Mesh,
     batch_size: int,
 ) -> Center:  # fmt: skip
-    """First stage: the center, its radius and the estimate of the quantile."""
+    """First stage: the center of an image, its radius and the estimate of the quantile."""
     representations = sample_outputs(
         _represent,
         encoder,
