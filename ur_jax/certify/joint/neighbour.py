@@ -19,8 +19,11 @@ from ur_jax.checks import check_whole
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError
 from ur_jax.metrics.checks import usable_matrix
+from ur_jax.stats.betting import mean_lower
 from ur_jax.stats.bounded import bernstein_lower
 from ur_jax.types import Array, PyTree
+
+_NEAR, _BINS = 16, 256
 
 
 @struct.dataclass
@@ -100,6 +103,10 @@ class NeighbourCertificate(NamedTuple):
       lower: the least s_k.
       means: [K] float32, mean of <u, (v - w_k) / |v - w_k|> over the n samples; 1 of v itself.
       variances: [K] float32, their sample variances.
+      near: [C] the directions nearest to v in the first stage, whose products are kept in bins.
+      lowest: [C] least value of their bins.
+      width: [C] of a bin.
+      bins: [C 256] int64, samples in each bin, one direction after the other.
       n: samples that bound.
       num_drawn: all samples drawn.
       num_bad: samples whose representation is not finite.
@@ -113,6 +120,10 @@ class NeighbourCertificate(NamedTuple):
     lower: float
     means: np.ndarray
     variances: np.ndarray
+    near: np.ndarray
+    lowest: np.ndarray
+    width: np.ndarray
+    bins: np.ndarray
     n: int
     num_drawn: int
     num_bad: int
@@ -136,7 +147,8 @@ class Neighbour:
     (each of the K - 1 comparisons with alpha1 / (K - 1), by `least_sample_mean`). The bank is
     fixed, so its vectors are those of an index of images or of texts, which no one perturbs. Two
     equal vectors have nothing between them: then nothing is certified. Adaptive runs divide alpha2
-    over their looks. Bounds are `bernstein_lower`, lowered for float32 by 2^-24 (D + 16).
+    over their looks. The s_k are by betting for the 16 directions that were nearest in the first
+    stage, by `bernstein_lower` for the others, lowered for float32 by 2^-24 (D + 16).
     """
 
     config: NeighbourConfig
@@ -147,17 +159,22 @@ class Neighbour:
         top = jnp.argmax(fixed @ mean)
         away = fixed[top] - fixed
         # Closer than float32 tells, a difference has no direction.
-        near = jnp.max(jnp.abs(away), axis=1, keepdims=True) < 1e-6
-        return {"top": top, "between": jnp.where(near, 0.0, unit(away))}
+        equal = jnp.max(jnp.abs(away), axis=1, keepdims=True) < 1e-6
+        between = jnp.where(equal, 0.0, unit(away))
+        order = jnp.argsort((between @ mean).at[top].set(jnp.inf))
+        return {"top": top, "between": between, "near": order[: min(_NEAR, len(fixed) - 1)]}
 
     def measure(
         self, anchor: PyTree, representations: Array, exists: Array
     ) -> tuple[PyTree, PyTree]:
-        """Sums of the products and of their squares."""
+        """Products with those near, sums of all and of their squares."""
         high = jax.lax.Precision.HIGHEST
         found = jnp.matmul(unit(representations), anchor["between"].T, precision=high)
         found = jnp.where(exists[:, None], found, 0.0)
-        return (), {"sum": found.sum(axis=0), "squares": (found**2).sum(axis=0)}
+        return found[:, anchor["near"]], {
+            "sum": found.sum(axis=0),
+            "squares": (found**2).sum(axis=0),
+        }
 
     def certificate(self, measured: Measured) -> NeighbourCertificate:
         """The certificate of the sums."""
@@ -169,7 +186,15 @@ class Neighbour:
         means[top], variances[top] = 1.0, 0.0
         means, variances = means.astype(np.float32), np.nextafter(variances.astype(np.float32), 9)
         dimension = measured.anchor["between"].shape[1]
-        lower = lower_of(means, variances, top, n, dimension, measured.num_values, self.config)
+        near = np.asarray(measured.anchor["near"])
+        kept = [
+            _binned(np.clip(values, -1.0, 1.0)) for values in measured.rows.T.astype(np.float64)
+        ]
+        lowest, width, bins = (np.array(each) for each in zip(*kept))
+        lower = lower_of(
+            means, variances, top, n, dimension, measured.num_values, self.config,
+            near=near, lowest=lowest, width=width, bins=bins.ravel(),
+        )  # fmt: skip
         radius, population = radius_of(lower, len(means), measured.num_values, self.config)
         reason = "no direction is clearly the nearest" if radius <= 0 else ""
         if measured.num_bad:
@@ -183,6 +208,10 @@ class Neighbour:
             lower=lower,
             means=means,
             variances=variances,
+            near=near,
+            lowest=lowest,
+            width=width,
+            bins=bins.ravel(),
             n=n,
             num_drawn=measured.num_drawn,
             num_bad=measured.num_bad,
@@ -198,17 +227,27 @@ class Neighbour:
 
 def lower_of(
     means: np.ndarray, variances: np.ndarray, top: int, n: int, dimension: int, num_values: int,
-    config: NeighbourConfig,
+    config: NeighbourConfig, *, near: np.ndarray, lowest: np.ndarray, width: np.ndarray,
+    bins: np.ndarray,
 ) -> float:  # fmt: skip
     """The least s_k from what the table keeps, also at another alpha2 than at sampling."""
-    alpha = config.spent(config.alpha2, num_values, config.n0 + config.n) * config.share(n)
-    others = np.arange(len(means)) != top
-    each = alpha / (len(means) - 1)
+    alpha = config.spent(config.alpha2, num_values, config.n0 + config.n) / (len(means) - 1)
     slack = rounding(dimension) + (config.step + 8) * 2.0**-24
     lower = bernstein_lower(
-        means[others].astype(np.float64), variances[others].astype(np.float64), n, each
+        means.astype(np.float64), variances.astype(np.float64), n, alpha * config.share(n)
     )
+    lower[top] = 1.0
+    for k, start, step, counts in zip(near, lowest, width, bins.reshape(len(near), _BINS)):
+        values = np.clip((1 + start + step * np.arange(_BINS)) / 2, 0.0, 1.0)
+        lower[k] = 2 * mean_lower(values, alpha, counts) - 1  # which holds at every look
     return max(float(lower.min()) - slack, -1.0)
+
+
+def _binned(values: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """(least value, width, how many are in each bin)."""
+    lowest, width = float(values.min()), max(float(np.ptp(values)) / _BINS, 1e-12)
+    places = np.clip(np.floor((values - lowest) / width), 0, _BINS - 1).astype(np.int64)
+    return lowest, width, np.bincount(places, minlength=_BINS)
 
 
 def radius_of(
