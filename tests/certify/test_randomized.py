@@ -221,3 +221,30 @@ def test_labels_beyond_the_probe_are_refused():
     for labels in ([0, 10], [-1, 3]):
         with pytest.raises(ValueError, match=r"\[0, 10\)"):
             check_labels(np.array(labels), 10)
+
+
+def test_a_randomised_bound_is_larger_and_follows_from_what_is_kept(linear):
+    classifier, images, distances = linear
+    plain = run(classifier, images[:6], CONFIG)
+    config = dataclasses.replace(CONFIG, randomize=True)
+    found = run(classifier, images[:6], config)
+    for index, certificate in found.items():
+        assert certificate.count == plain[index].count and plain[index].uniform == 1.0
+        assert certificate.lower >= plain[index].lower and 0.05 <= certificate.uniform <= 1
+        again = lower_bound(certificate.count, certificate.n, config, certificate.uniform)
+        assert again == certificate.lower
+        assert certificate.radius <= abs(distances[index])
+    assert len({certificate.uniform for certificate in found.values()}) == 6
+    with pytest.raises(UserError, match="'exact' with randomize"):
+        dataclasses.replace(config, bound="union")
+
+
+def test_a_calibrated_sequence_decides_the_radii(linear):
+    classifier, images, distances = linear
+    config = dataclasses.replace(CONFIG, bound="calibrated", radii=(0.05, 0.2))
+    for index, certificate in run(classifier, images[:6], config).items():
+        for radius, decision in zip(config.radii, certificate.decisions):
+            if abs(abs(distances[index]) - radius) > 0.05:
+                wanted = "robust" if abs(distances[index]) > radius else "not robust"
+                assert decision == wanted
+        assert min(abs(certificate.radius - r) for r in (0.0, 0.05, 0.2)) < 1e-9

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from ur_jax.errors import UserError
-from ur_jax.stats.bounds import UnionBound
+from ur_jax.stats.bounds import UnionBound, clopper_pearson_lower, randomized_lower
 from ur_jax.stats.calibrated import Calibrated, crossing_probability
 from ur_jax.stats.sequences import confidence_sequence
 
@@ -51,3 +51,16 @@ def test_the_levels_of_one_sequence_hold_together():
     assert sequence.lower(0, 2000) == 0.0
     with pytest.raises(UserError, match="levels"):
         Calibrated(0.01, 2000, 100).lower(5, 2000)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.97])
+def test_the_randomised_bound_fails_with_alpha_itself(p):
+    """The failure probability is a sum over counts and an integral over u, on a fine grid."""
+    n, alpha, u = 30, 0.05, (np.arange(2000) + 0.5) / 2000
+    k = np.arange(n + 1)[:, None]
+    bound = randomized_lower(k, n, alpha, u)
+    failed = (stats.binom.pmf(k, n, p) * (bound > p)).sum() / len(u)
+    assert failed == pytest.approx(alpha, abs=1e-3)
+    plain = clopper_pearson_lower(k[:, 0], n, alpha)
+    assert np.all(bound >= plain[:, None] - 1e-12)
+    np.testing.assert_allclose(randomized_lower(k[:, 0], n, alpha, 1.0), plain, atol=1e-12)

@@ -247,4 +247,4 @@ def _median(found: list[Found], name: str, j: int) -> float:
 def _moved(pairs: list[tuple[float, float]]) -> str:
     """How far it moved, and the ratio."""
     moved, certified = np.array(pairs).T
-    return f"{np.median(moved):.3f} ({np.median(certified / moved):.1f} times)"
+    return f"{np.median(moved):.2g} ({np.median(certified / moved):.2g} times)"

@@ -95,6 +95,43 @@ def _lower(successes: Counts, n: Counts, alpha: Probabilities) -> np.ndarray:
     return np.where(successes > 0, bound, 0.0)
 
 
+def randomized_lower(
+    successes: Counts, n: Counts, alpha: Probabilities, uniform: Probabilities
+) -> np.ndarray:
+    """Exact lower confidence bound of a probability that fails with probability alpha itself.
+
+        the p with P(Bin(n, p) > k) + u P(Bin(n, p) = k) = alpha
+
+    The count is discrete, so that Clopper-Pearson's bound fails more rarely than alpha. With a
+    uniform u, drawn independently of the trials and kept beside the count, the left side is uniform
+    itself, and nothing is left over. Above Clopper-Pearson's, which is u = 1, for every u.
+
+    Args:
+      successes: number of successes, 0 <= successes <= n.
+      n: number of independent trials, fixed in advance, >= 1.
+      alpha: failure probability, in (0,1).
+      uniform: u, in [0,1]. Drawn once: to draw it again until the bound pleases is to cheat. A
+        larger one gives a smaller bound; with u <= alpha that of n successes is 1.
+
+    Returns:
+      The bound, float64, of the broadcast shape, rounded down by bisection; 0 where there is none.
+
+    Guarantee: P(bound > p) <= alpha for every p, over the n trials and u.
+
+    Reference: Stevens (1950), "Fiducial limits of the parameter of a discontinuous distribution".
+    """
+    check_counts(n, successes)
+    check_probability("alpha", alpha)
+    check_probability("uniform", uniform, inside=False)
+    k, n, u = np.broadcast_arrays(np.asarray(successes), np.asarray(n), np.asarray(uniform))
+    low, high = np.zeros(k.shape), np.ones(k.shape)
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        tail = stats.binom.sf(k, n, middle) + u * stats.binom.pmf(k, n, middle)
+        low, high = np.where(tail <= alpha, middle, low), np.where(tail <= alpha, high, middle)
+    return low
+
+
 def clopper_pearson_upper(successes: Counts, n: Counts, alpha: Probabilities) -> np.ndarray:
     """Exact upper confidence bound of a probability: 1 - lower bound of the failures."""
     check_counts(n, successes)

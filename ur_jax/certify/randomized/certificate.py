@@ -16,6 +16,7 @@ from ur_jax.stats.bounds import (
     ConfidenceSequence,
     check_counts,
     clopper_pearson_lower,
+    randomized_lower,
 )
 from ur_jax.stats.sequences import confidence_sequence
 
@@ -35,6 +36,7 @@ class RadiusCertificate(NamedTuple):
       n: samples of the test that were drawn.
       num_drawn: all samples drawn.
       num_bad: samples whose logits are not finite.
+      uniform: what the bound was randomised by; 1 where it was not.
     """
 
     predicted: int
@@ -47,15 +49,18 @@ class RadiusCertificate(NamedTuple):
     n: int
     num_drawn: int
     num_bad: int
+    uniform: float = 1.0
 
 
-def make_certificate(outcome: Outcome, config: RandomizedConfig) -> RadiusCertificate:
+def make_certificate(
+    outcome: Outcome, config: RandomizedConfig, uniform: float = 1.0
+) -> RadiusCertificate:
     """The certificate from an image's counts."""
     top, verdicts = outcome.answer
     pieces = outcome.pieces - num_selection_pieces(config.n0, config.step)
     n = min(max(pieces, 0) * config.step, config.n)
     count = int(outcome.counts[top]) if pieces > 0 else 0
-    lower = lower_bound(count, n, config) if n else 0.0
+    lower = lower_bound(count, n, config, uniform) if n else 0.0
     reason = ""
     if outcome.num_bad:
         lower, reason = 0.0, "logits not finite"
@@ -81,10 +86,11 @@ def make_certificate(outcome: Outcome, config: RandomizedConfig) -> RadiusCertif
         n=n,
         num_drawn=config.n0 + n,
         num_bad=outcome.num_bad,
+        uniform=uniform,
     )
 
 
-def lower_bound(count: int, n: int, config: RandomizedConfig) -> float:
+def lower_bound(count: int, n: int, config: RandomizedConfig, uniform: float = 1.0) -> float:
     """Returns the lower bound of the class probability after n samples of the test.
 
     With another `config.alpha` than at sampling, this derives the certificate anew: a fixed bound
@@ -97,6 +103,8 @@ def lower_bound(count: int, n: int, config: RandomizedConfig) -> float:
     check_whole(SimpleNamespace(count=count, n=n), "count", "n", least=0)
     check_counts(n, count)
     if config.bound == "exact":
+        if config.randomize:
+            return float(randomized_lower(count, n, config.alpha, uniform))
         return float(clopper_pearson_lower(count, n, config.alpha))
     return float(sequence(config).lower(count, n))
 

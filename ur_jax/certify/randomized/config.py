@@ -37,6 +37,8 @@ class RandomizedConfig:
       step: samples between two decisions of one image.
       noise: "float" is the published code's, float32 normals, and covers no encoder that is built
         to tell them from true ones; "grid" is sound, and rounds and clips, see `certify.noise`.
+      randomize: of the bound "exact", spend all of alpha by a uniform number that is kept with the
+        count, see `stats.bounds.randomized_lower`.
     """
 
     sigma: float = 0.25
@@ -49,13 +51,16 @@ class RandomizedConfig:
     clip: bool = True
     step: int = 128
     noise: Literal["float", "grid"] = "float"
+    randomize: bool = False
 
     def __post_init__(self):
         check_number(self, "sigma", above=0.0)
         check_name("noise", self.noise, NOISES)
         check_number(self, "alpha", above=0.0, below=1.0)
         check_whole(self, "n0", "n", "step")
-        check_flag(self, "clip")
+        check_flag(self, "clip", "randomize")
+        if self.randomize and self.bound != "exact":
+            raise UserError(f"Expected the bound 'exact' with randomize, got {self.bound!r}.")
         check_samples(self.n0 + self.n + self.step)
         check_name("bound", self.bound, BOUNDS)
         check_each("radii", self.radii, zero=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -70,7 +71,18 @@ def randomized_smoothing(
     Reference: Cohen, Rosenfeld and Kolter (2019), Certify in Algorithm 2; Voracek (2024).
     """
     outcomes = _run(classifier, images, key, config, True, indices, mesh, batch_size, on_progress)
-    return ((outcome.index, make_certificate(outcome, config)) for outcome in outcomes)
+    return (
+        (outcome.index, make_certificate(outcome, config, _uniform(key, outcome.index, config)))
+        for outcome in outcomes
+    )
+
+
+def _uniform(key: Key, index: int, config: RandomizedConfig) -> float:
+    """What an image's bound is randomised by, of its own key; 0.05 at least: it stays finite."""
+    if not config.randomize:
+        return 1.0
+    own = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(b"uniform")), index)
+    return max(float(jax.random.uniform(own)), 0.05)
 
 
 class Prediction(NamedTuple):
