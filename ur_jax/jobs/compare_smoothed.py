@@ -125,7 +125,7 @@ def certify_image(
     )
     found = {}
     for name, certificate in certificates.items():
-        for field in ("eps_out", "eps_out_population", "cosine", "smoothing_error"):
+        for field in ("eps_out", "eps_out_population", "cosine_population", "smoothing_error"):
             if hasattr(certificate, field):
                 found[f"{name}/{field}"] = np.atleast_1d(getattr(certificate, field))[None]
     return found | {"samples": np.array([settings.n0 + settings.n])}
@@ -202,7 +202,7 @@ def _table(
     samples = f"n0 {settings.n0:,}, n {settings.n:,}"
     title = f"{encoder.name} on {len(found)} images of {source.spec}, {samples}"
     caption = (
-        "medians over images; population: of the smoothed encoder of infinitely many samples; of "
+        "medians over images; population: eps_out of infinitely many samples, or the cosine; of "
         "center, times: how many times smaller than center's; moved: by an attack, and what was "
         "certified over it, medians of the attacked images"
     )
@@ -217,7 +217,7 @@ def _table(
             quantile = metrics.universal_quantile(
                 distributions[divergence], jnp.asarray([value], jnp.float32), divergence=divergence
             )
-            field = "cosine" if name == "cosine" else "eps_out_population"
+            field = "cosine_population" if name == "cosine" else "eps_out_population"
             population = _median(found, f"{name}/{field}", j)
             moved = [
                 (float(f[f"{name}/moved"][0]), float(f[f"{name}/eps_out"][0, 0]))
