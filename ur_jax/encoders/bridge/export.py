@@ -31,6 +31,7 @@ WHOLE = (
 )
 """Operations of ATen that are not taken apart."""
 
+_CAST = "aten.to.dtype"
 _NO_NUMBERS = ("layout", "device", "pin_memory", "memory_format", "non_blocking", "generator")
 _DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range", "_assert_async")
 _OPERATORS = {
@@ -85,6 +86,7 @@ def _program(module: Any, input_size: tuple[int, int], name: str) -> tuple[Any, 
                 per_image = True
             except Exception as error:  # torch has no common class for it
                 raise _refused(error, name) from error
+        _keep_casts(torch, program)
         table = torch.export.default_decompositions()
         for operation in WHOLE:
             packet, _, overload = operation.partition(".")
@@ -93,6 +95,23 @@ def _program(module: Any, input_size: tuple[int, int], name: str) -> tuple[Any, 
             return program.run_decompositions(table), per_image
         except Exception as error:
             raise _refused(error, name) from error
+
+
+_kept: list[Any] = []  # a library's definitions end with it
+
+
+def _keep_casts(torch: Any, program: Any) -> None:
+    """Has casts to float32 stay, which change nothing in float32, but do in bfloat16."""
+    if not _kept:
+        library = torch.library.Library("ur_jax", "DEF")
+        library.define("to_float32(Tensor x) -> Tensor")
+        library.impl("to_float32", lambda x: x.clone(), "CompositeExplicitAutograd")
+        _kept.append(library)
+    for part in program.graph_module.modules():
+        for node in getattr(getattr(part, "graph", None), "nodes", ()):
+            is_cast = node.target is torch.ops.aten.to.dtype
+            if is_cast and node.args[1:] == (torch.float32,) and not node.kwargs:
+                node.target, node.args = torch.ops.ur_jax.to_float32.default, node.args[:1]
 
 
 @contextlib.contextmanager
@@ -237,7 +256,7 @@ class _Converter:
             return "ur.getitem"
         if node.target in _OPERATORS:
             return f"ur.size_{_OPERATORS[node.target]}"
-        return str(node.target)
+        return _CAST if str(node.target) == "ur_jax.to_float32.default" else str(node.target)
 
     def _is_computable(self, node: Any) -> bool:
         """Whether it is no chance, and not much larger than what it is made of."""
@@ -268,6 +287,8 @@ class _Converter:
             return {"items": node.args[0], "index": node.args[1]}
         if op.startswith("ur.size_"):
             return dict(zip("ab", node.args))
+        if str(node.target).startswith("ur_jax."):
+            return {"self": node.args[0], "dtype": "float32"}
         names = [a.name for a in node.target._schema.arguments]
         given = {**dict(zip(names, node.args)), **node.kwargs}
         defaults = {a.name: a.default_value for a in node.target._schema.arguments}

@@ -25,6 +25,7 @@ import numpy as np
 _SMALL = """test atto femto pico nano tiny mini xxt xxs xt xs x0_5 050 s0 b0 m0 t0 18 10 14 small
     _s_ _s mobile lite 26 b1 s1 xsmall zepto""".split()
 _LARGE = ("large", "giant", "huge", "enormous", "gigantic", "so400m", "412m", "570m", "_7b")
+_UNOPTIMISED: Any = {"xla_backend_optimization_level": 0}
 _BATCH, _REPEATS = 4, 2
 
 
@@ -76,8 +77,10 @@ def randomised(module: Any, seed: int = 0) -> Any:
     return module.eval()
 
 
-def tried(name: str, *, size: int | None = None, gradient: bool = False) -> dict[str, Any]:
-    """Imports one architecture and compares it with PyTorch."""
+def tried(
+    name: str, *, size: int | None = None, gradient: bool = False, quick: bool = False
+) -> dict[str, Any]:
+    """Imports one architecture and compares it with PyTorch; quick: without its speed."""
     import jax
     import torch
 
@@ -104,17 +107,19 @@ def tried(name: str, *, size: int | None = None, gradient: bool = False) -> dict
     images = np.random.default_rng(0).standard_normal((_BATCH, height, width, 3))
     images = images.astype(np.float32)
     given = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    if quick:
+        images, given = images[:2], given[:2]
     with torch.no_grad():
-        module(given)
-        seconds = _fastest(lambda: module(given))
         wanted = module(given).numpy()
-    record["torch_images_per_s"] = round(_BATCH / seconds, 2)
+        if not quick:
+            record["torch_images_per_s"] = round(_BATCH / _fastest(lambda: module(given)), 2)
     start = time.monotonic()
-    run = jax.jit(encoder.apply_fn)
+    run = jax.jit(encoder.apply_fn, compiler_options=_UNOPTIMISED if quick else None)
     got = np.asarray(run(encoder.params, images))
     record["seconds_compile"] = round(time.monotonic() - start, 1)
-    seconds = _fastest(lambda: jax.block_until_ready(run(encoder.params, images)))
-    record["jax_images_per_s"] = round(_BATCH / seconds, 2)
+    if not quick:
+        seconds = _fastest(lambda: jax.block_until_ready(run(encoder.params, images)))
+        record["jax_images_per_s"] = round(_BATCH / seconds, 2)
     record["dimension"] = encoder.dimension
     record["difference"] = float(np.abs(got - wanted).max() / np.abs(wanted).max())
     if gradient:
@@ -165,20 +170,23 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def _work(path: Path, names: list[tuple[str, str]], gradient: bool) -> None:
+def _work(path: Path, names: list[tuple[str, str]], options: dict[str, bool]) -> None:
     """Tries architectures in this process."""
     for file, name in names:
         try:
-            record = tried(name, gradient=gradient)
+            record = tried(name, **options)
         except Exception as error:
             record = {"result": "failed", "error": f"{type(error).__name__}: {error}"[:400]}
         _append(path, {"name": name, "file": file, **record})
 
 
-def _supervise(path: Path, names: list[tuple[str, str]], limit: float, gradient: bool) -> None:
+def _supervise(
+    path: Path, names: list[tuple[str, str]], limit: float, options: dict[str, bool]
+) -> None:
     """Tries what is missing in a process of its own, which is started anew where one takes long."""
     while left := [pair for pair in names if pair[1] not in _records(path)]:
-        arguments = ["--out", str(path), "--worker", *(["--gradient"] if gradient else [])]
+        flags = [f"--{name}" for name, is_set in options.items() if is_set]
+        arguments = ["--out", str(path), "--worker", *flags]
         only = ",".join(f"{file}:{name}" for file, name in left[:20])
         command = [sys.executable, "-m", "ur_jax.encoders.bridge.sweep", *arguments, "--only", only]
         worker = subprocess.Popen(command)
@@ -218,7 +226,9 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         for r in group:
             if "difference" in r:
                 shown = f"{r['difference']:.0e}"
-                speed = f"{r['jax_images_per_s']:.3g} : {r['torch_images_per_s']:.3g}"
+                speed = "-"
+                if "jax_images_per_s" in r:
+                    speed = f"{r['jax_images_per_s']:.3g} : {r['torch_images_per_s']:.3g}"
                 times = f"{r['seconds_import']:.0f}, {r['seconds_compile']:.0f}"
             else:
                 shown, speed, times = "", "", r["error"].replace("|", "/")[:120]
@@ -235,6 +245,7 @@ def main() -> None:
     parser.add_argument("--per-file", type=int, default=2, help="architectures of each model file")
     parser.add_argument("--limit", type=float, default=300, help="seconds for an architecture")
     parser.add_argument("--gradient", action="store_true", help="compare image gradients, too")
+    parser.add_argument("--quick", action="store_true", help="without speeds; compiles faster")
     parser.add_argument("--table", action="store_true", help="print the table of the file and stop")
     parser.add_argument("--only", default="", help="FILE:NAME,... instead of all")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -242,11 +253,12 @@ def main() -> None:
     if given.table:
         print(table(_records(given.out)))
         return
-    pairs = [tuple(item.partition(":")[::2]) for item in given.only.split(",") if item]
+    options = {"gradient": given.gradient, "quick": given.quick}
+    pairs: list[Any] = [tuple(item.partition(":")[::2]) for item in given.only.split(",") if item]
     if given.worker:
-        _work(given.out, pairs, given.gradient)
+        _work(given.out, pairs, options)
         return
-    _supervise(given.out, pairs or chosen(given.per_file), given.limit, given.gradient)
+    _supervise(given.out, pairs or chosen(given.per_file), given.limit, options)
     print(table(_records(given.out)))
 
 

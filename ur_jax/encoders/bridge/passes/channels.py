@@ -251,10 +251,15 @@ class _Rewriter:
         return True
 
     def _flattened(self, node: Node, source: Ref) -> bool:
-        """(B,C,H,W) to (B,C,HW): with channels last (B,HW,C)."""
+        """(B,C,H,W) to (B,C,HW): with channels last (B,HW,C); (B,C,1,1) to (B,C) is either way."""
         before, after = self.shapes[source.name], node.shape
         assert after is not None
         size = node.args.get("size", node.args.get("shape"))
+        if before[2:] == (1, 1) and len(after) == 2 and after[0] == before[0]:
+            self._add(
+                dataclasses.replace(node, args={**node.args, "self": Ref(self.last[source.name])})
+            )
+            return True
         is_flat = (
             len(before) == 4 and len(after) == 3 and before[1] == after[1] and before[0] == after[0]
             and None not in before[1:]

@@ -25,6 +25,8 @@ def simplified(graph: Graph, tensors: Tensors) -> tuple[Graph, Tensors]:
         shapes[node.name] = node.shape
         if node.op == PERMUTE:
             node = _composed(node, kept)
+        if node.op == "aten.sym_size.int":
+            node = _size_before(node, kept)
         if (target := _unchanged(node, shapes)) is not None:
             same[node.name] = target
         else:
@@ -57,6 +59,15 @@ def _composed(node: Node, kept: dict[str, Node]) -> Node:
         return node
     dims = [before.args["dims"][d] for d in node.args["dims"]]
     args = {"self": before.args["self"], "dims": dims}
+    return dataclasses.replace(node, args=args)
+
+
+def _size_before(node: Node, kept: dict[str, Node]) -> Node:
+    """A size of a permutation as one of what is permuted."""
+    before = kept.get(node.args["self"].name)
+    if before is None or before.op != PERMUTE:
+        return node
+    args = {"self": before.args["self"], "dim": before.args["dims"][node.args["dim"]]}
     return dataclasses.replace(node, args=args)
 
 
