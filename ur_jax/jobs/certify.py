@@ -73,8 +73,9 @@ class Certify(Job):
     seed: int = 0
     """Of the noise and of the distance distribution."""
     probe: ProbeLike | None = None
-    """Of randomized and neighbour: checkpoint directory of a linear probe, or nearest (the default
-    of neighbour), for which the images themselves are the classes."""
+    """Of randomized and neighbour: checkpoint directory of a linear probe, class embeddings of a
+    text encoder (classes.npy, with names in classes.json), or nearest (the default of neighbour),
+    for which the images themselves are the classes."""
     class_map: tuple[str, ...] = ()
     """THEIRS=OURS each: classes of the images whose names differ from the probe's."""
     batch_size: int | None = None

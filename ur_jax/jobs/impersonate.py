@@ -71,7 +71,8 @@ class Impersonate(Job):
     not_identity = ("probe",)
 
     probe: ProbeLike = tyro.MISSING
-    """Checkpoint directory of a linear probe on the same encoder."""
+    """Checkpoint directory of a linear probe on the same encoder, or class embeddings of a text
+    encoder (classes.npy, with names in classes.json)."""
     first: tuple[str, ...] = ("cat",)
     """Classes of the first group."""
     second: tuple[str, ...] = ("dog",)

@@ -15,6 +15,7 @@ from ur_jax.encoders import checkpoints
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError
 from ur_jax.probes.classifier import Classifier
+from ur_jax.probes.zero_shot import is_zero_shot, load_zero_shot
 from ur_jax.runs import fingerprint
 from ur_jax.types import Array
 
@@ -93,10 +94,13 @@ def load_probe(
     """Reads a linear probe as the classifier that it makes of its encoder.
 
     Args:
-      path, encoder: see `restore_probe`, which also says what is raised.
+      path, encoder: see `restore_probe`, which also says what is raised; or a .npy file of class
+        embeddings, see `zero_shot`.
       sigma: of the Gaussian noise that it is to classify under; a probe that was trained under
         another is warned of.
     """
+    if is_zero_shot(path):
+        return load_zero_shot(path, encoder)
     trained, known = restore_probe(path, encoder)
     views = known.get("training", {}).get("views", {})
     if sigma is not None and views.get("kind") == "noisy" and views.get("sigma", sigma) != sigma:

@@ -94,11 +94,18 @@ def from_torch(
     return encoder if dtype == "float32" else from_fn(function, params, dtype=dtype, **settings)
 
 
+def _acts_in_training(layer: Any) -> bool:
+    """Whether a layer does something else in training: Dropout, stochastic depth, BatchNorm."""
+    shares = (getattr(layer, name, None) for name in ("p", "drop_prob", "dropout"))
+    chance = any(isinstance(share, float) and share > 0 for share in shares)
+    return chance or getattr(layer, "running_mean", None) is not None
+
+
 @contextlib.contextmanager
 def inference_mode(module: Any, name: str) -> Iterator[Any]:
     """The module in inference mode and float32; afterwards it is as it was."""
     training = [m for m in module.modules() if m.training]
-    if any(getattr(m, "p", 1) or m is module for m in training):
+    if any(_acts_in_training(m) for m in training):
         warnings.warn(
             f"The network {name!r} was in training mode; its encoder is in inference mode: Dropout "
             "is off, BatchNorm uses its running statistics.",

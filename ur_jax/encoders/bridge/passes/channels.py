@@ -252,8 +252,8 @@ class _Rewriter:
 
     def _flattened(self, node: Node, source: Ref) -> bool:
         """(B,C,H,W) to (B,C,HW): with channels last (B,HW,C); (B,C,1,1) to (B,C) is either way."""
-        before, after = self.shapes[source.name], node.shape
-        assert after is not None
+        before: tuple[Any, ...] = self.shapes[source.name]
+        after: tuple[Any, ...] = node.shape or ()
         size = node.args.get("size", node.args.get("shape"))
         if before[2:] == (1, 1) and len(after) == 2 and after[0] == before[0]:
             self._add(
