@@ -22,6 +22,7 @@ from ur_jax.certify import CenterConfig
 from ur_jax.data import ViewConfig, open_images
 from ur_jax.errors import UserError
 from ur_jax.jobs import JOBS, Job, Session
+from ur_jax.jobs.attack_certificates import AttackCertificates
 from ur_jax.jobs.certify import Certify
 from ur_jax.jobs.impersonate import Impersonate, ImpersonationConfig
 from ur_jax.jobs.knn import Knn
@@ -47,6 +48,10 @@ SETTINGS = {
         num_images=3,
         config=CenterConfig(bound="union", n0=300, n=512, alpha1=0.05, alpha2=0.05, delta=0.15),
     ),
+    "attack-certificates": lambda at: AttackCertificates(
+        num_images=4, num_steps=2, batch_size=2,
+        config=CenterConfig(bound="union", n0=300, n=512, alpha1=0.05, alpha2=0.05, delta=0.15),
+    ),
     "probe": lambda at: Probe(
         test_images=f"folder:{at / 'images'}", cached=True, training=TRAINING,
         views=ViewConfig(augment=False),
@@ -61,11 +66,12 @@ SETTINGS = {
         method=MocoV2Config(group_size=4, queue_size=16),
     ),
 }  # fmt: skip
-SMALL = {"certify": 16, "knn": 20}
+SMALL = {"certify": 16, "attack-certificates": 12, "knn": 20}
 """KB of a disk that the job fills."""
 CHANGES = {
     "evaluate": lambda job: {"protocol": dataclasses.replace(job.protocol, seed=1)},
     "certify": lambda job: {"seed": 1},
+    "attack-certificates": lambda job: {"seed": 1},
     "probe": lambda job: {"seed": 1},
     "impersonate": lambda job: {"attack": dataclasses.replace(job.attack, seed=1)},
     "knn": lambda job: {"k": 4},
@@ -233,7 +239,7 @@ def test_every_number_tells_how_many_images_it_is_without(name, at, tmp_path):
     job = make(name, at, images=images)
     if hasattr(job, "test_images"):
         job = dataclasses.replace(job, test_images=images)
-    sizes = {"evaluate": "protocol", "certify": None}
+    sizes = {"evaluate": "protocol", "certify": None, "attack-certificates": None}
     if name in sizes:  # all images, and pairs of all
         inner = dataclasses.replace(job.protocol, num_images=26) if sizes[name] else None
         job = dataclasses.replace(job, **({"protocol": inner} if inner else {"num_images": 26}))

@@ -26,6 +26,7 @@ REPORTED = {
         *("smoothed_eps_out_population", "smoothed_normalised", "certified_cosine"),
         "certified_neighbour",
     },
+    "attack-certificates": {"certificates_broken", "moved_over_certified"},
     "probe": {"top_1_accuracy", "top_5_accuracy"},
     "impersonate": {"impersonation_success"},
     "knn": {"knn_accuracy"},
@@ -34,7 +35,7 @@ LOW = {
     *("universal_quantile", "normalised_distance", "breakaway_risk", "overlap_risk"),
     *("median_eps_out", "median_quantile", "median_normalised", "impersonation_success"),
     *("smoothed_eps_out", "smoothed_eps_out_population", "smoothed_quantile"),
-    "smoothed_normalised",
+    *("smoothed_normalised", "certificates_broken"),
     *("strongest_universal_quantile", "strongest_normalised_distance", "strongest_breakaway_risk"),
 }
 

@@ -1,5 +1,6 @@
 """Jobs: one computation on one encoder each, all by the protocol of `base`."""
 
+from ur_jax.jobs.attack_certificates import AttackCertificates
 from ur_jax.jobs.base import JOBS, Curve, Job, Session, register
 from ur_jax.jobs.certify import Certify
 from ur_jax.jobs.impersonate import Impersonate, ImpersonationConfig
@@ -10,6 +11,7 @@ from ur_jax.jobs.train import Train
 
 __all__ = [
     "JOBS",
+    "AttackCertificates",
     "Certify",
     "Curve",
     "EvaluationConfig",

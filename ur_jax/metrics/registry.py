@@ -325,6 +325,18 @@ def _register_certificates() -> None:
         "Share of images whose own direction is certified to be the nearest within the radius.",
         "Salman et al. 2019", streams("certified nearest neighbour"),
     ))  # fmt: skip
+    attacked = lambda title: (Column("attack-certificates", title),)
+    add("certificates_broken", Metric(
+        "proportion", "low",
+        "Share of certified images that an attack moves farther than their certificate allows.",
+        "", attacked("certificates broken by attacks"),
+    ))  # fmt: skip
+    add("moved_over_certified", Metric(
+        "median", "",
+        "Divergence of the smoothed representation by the worst of five attacks over the "
+        "certified one: how much of the certificate is reached.",
+        "", attacked("divergence by attacks over the certified one"),
+    ))  # fmt: skip
     add("certified_accuracy", Metric(
         "proportion", "high",
         "Share of images that the smoothed classifier gets right within the radius.",
