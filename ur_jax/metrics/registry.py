@@ -232,8 +232,8 @@ def _register_strongest() -> None:
     source = "after Croce & Hein 2020"
     add("strongest_universal_quantile", Metric(
         "median", "low",
-        "Universal quantile by the strongest attack found: of APGD (l2, cosine, targeted) and "
-        "Square, several starts each, the worst on each image.",
+        "Universal quantile by the strongest attack found: of APGD (l2, cosine, targeted, on the "
+        "nearest neighbour) and Square, several starts each, the worst on each image.",
         source, _evaluate("strongest found: universal quantile"),
     ))  # fmt: skip
     add("strongest_normalised_distance", Metric(
