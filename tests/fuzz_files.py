@@ -14,6 +14,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import os
 import pathlib
@@ -45,22 +46,30 @@ class Scene:
     can_repair: bool = True
 
 
-def scenes(at: pathlib.Path) -> list[Scene]:
-    """Finished and stopped runs of every job, a benchmark, and an encoder's checkpoint."""
+def scenes(at: pathlib.Path, only: tuple[str, ...] = ()) -> list[Scene]:
+    """Finished and stopped runs of every job, a benchmark, and an encoder's checkpoint.
+
+    Args:
+      at: a folder to make them in.
+      only: the names of some; all by default.
+    """
     import interrupted
-    import test_protocol as protocol
     import tiny_encoder
 
     from ur_jax.jobs import benchmark, matrix
     from ur_jax.jobs.progress import quiet
     from ur_jax.probes.linear import ProbeConfig
 
+    protocol = _protocol()
     tiny_encoder.save_images(at / "images", 24)
     tiny_encoder.save(at / "encoder")
     protocol.make("probe", at).run(at / "probe", progress=quiet, plots=False)
     found = []
 
     def add(name: str, job: Any, stop: int | None = None) -> None:
+        if only and name not in only:
+            return
+
         def repeat(folder: pathlib.Path) -> dict[str, bytes]:
             job.run(folder, progress=quiet, plots=False)
             return protocol.results(folder)
@@ -90,6 +99,8 @@ def scenes(at: pathlib.Path) -> list[Scene]:
 
     same = {scene.name: scene.whole for scene in found}["knn"]
     found.append(Scene("encoder", at / "encoder", of_encoder, same, can_repair=False))
+    if only:
+        return found
 
     config = dataclasses.replace(
         matrix.PRESETS["quick"], encoders=(f"tiny={at / 'encoder'}",),
@@ -114,6 +125,16 @@ def scenes(at: pathlib.Path) -> list[Scene]:
     whole = of_benchmark(at / "benchmark")
     found.append(Scene("benchmark", at / "benchmark", of_benchmark, whole))
     return found
+
+
+def _protocol() -> Any:
+    """The settings of all jobs' shared tests."""
+    path = pathlib.Path(__file__).parent / "jobs" / "test_protocol.py"
+    spec = importlib.util.spec_from_file_location("fuzzed_protocol", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def files_of(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
@@ -225,5 +246,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     here = pathlib.Path(__file__).parent
-    sys.path[:0] = [str(here.parent), str(here), str(here / "jobs")]
+    sys.path[:0] = [str(here.parent), str(here)]
     sys.exit(main())
