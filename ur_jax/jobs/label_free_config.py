@@ -127,7 +127,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stages": STAGES,
         "protocol": dataclasses.replace(_QUICK, read_at=(5, 10, 30, 50)),
     },
-    # What the paper's 50 steps find, in 8: see attacks/README.md.
+    # More than the paper's 50 steps find, in 8: see attacks/README.md.
     "fast": {
         "protocol": dataclasses.replace(
             _QUICK, rule="apgd", read_at=(8,), overlap_steps=8, breakaway_steps=8
