@@ -130,6 +130,16 @@ def test_certificates_of_streams_killed_and_resumed_give_the_same_table(
     assert curves and all(len(c.x) == len(c.value) for c in curves)
 
 
+@pytest.mark.filterwarnings("ignore:.*broken")
+def test_what_is_certified_stands_over_what_an_attack_finds(photos, tmp_path):
+    job = make(photos, config=STREAMS["geometric_median"], attacked=2)
+    rows = {row.metric: row for row in job.run(tmp_path / "out", progress=quiet).rows}
+    row = rows["certified_over_found"]
+    assert row.n == 2 and 1 < row.value < 100 and row.radius == 0.25
+    with pytest.raises(UserError, match="with --attacked, got 'neighbour'"):
+        dataclasses.replace(job, config=STREAMS["neighbour"]).run(tmp_path / "no", progress=quiet)
+
+
 @pytest.mark.parametrize("changes", [{"config": CENTER}, NEAREST], ids=["center", "randomized"])
 @pytest.mark.filterwarnings("ignore:.*broken")
 def test_killed_and_resumed_gives_the_same_table(photos, tmp_path, monkeypatch, changes):

@@ -24,6 +24,7 @@ REPORTED = {
         *("certified_accuracy", "average_certified_radius", "mean_radius"),
         *("average_certified_radius_correct_only", "smoothed_eps_out", "smoothed_quantile"),
         *("smoothed_eps_out_population", "smoothed_normalised", "certified_cosine"),
+        "certified_over_found",
         "certified_neighbour",
     },
     "attack-certificates": {"certificates_broken", "moved_over_certified"},

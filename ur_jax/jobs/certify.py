@@ -35,7 +35,7 @@ from jax.sharding import Mesh
 
 from ur_jax import devices, metrics, runs
 from ur_jax.certify.denoised import denoised
-from ur_jax.certify.joint import Directions, directions_of, smoothed
+from ur_jax.certify.joint import MOVING, Directions, directions_of, smoothed
 from ur_jax.certify.registry import CERTIFICATES, CertificateKind, kind_of
 from ur_jax.checks import check_whole
 from ur_jax.data import ImageBatch, evenly_spaced
@@ -44,7 +44,7 @@ from ur_jax.devices.memory import fit_batch_size
 from ur_jax.encoders import checkpoints, factories
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import NotFoundError, UserError
-from ur_jax.jobs import parts
+from ur_jax.jobs import certify_attacked, parts
 from ur_jax.jobs.base import Job, ProbeLike, Session, register
 from ur_jax.jobs.certify_parts import Images, Labels, Meter, finished, keep
 from ur_jax.jobs.progress import counted
@@ -83,6 +83,9 @@ class Certify(Job):
     denoiser: str | None = None
     """A function that makes one, file.py:make or package.module:make: images pass through it before
     the encoder, and it is part of what is certified."""
+    attacked: int = 0
+    """Of geometric_median, mean and cosine: so many of the images are attacked too, and what was
+    certified is told over what the attack finds."""
     num_distribution: int = 100_000
     """Of certificates of representations: clean images, at most, of the distance distribution F."""
     config: tyro.conf.Suppress[Any] = None
@@ -116,6 +119,8 @@ class Certify(Job):
         }
         if self._kind.relative is not None:
             found["num_distribution"] = self.num_distribution
+        if self.attacked:
+            found["attacked"] = self.attacked
         if self._takes_probe:
             found["probe"] = _NEAREST if self._probe == _NEAREST else "trained"
             found |= {"class_map": list(self.class_map)} if self.class_map else {}
@@ -152,7 +157,11 @@ class Certify(Job):
             )
         check_whole(self, "num_images")
         check_whole(self, "num_distribution", least=2)
-        check_whole(self, "seed", least=0)
+        check_whole(self, "seed", "attacked", least=0)
+        if self.attacked and self.certificate not in MOVING:
+            raise UserError(
+                f"Expected --method {', '.join(MOVING)} with --attacked, got {self.certificate!r}."
+            )
         check_whole(self, "batch_size", optional=True)
         indices = evenly_spaced(len(self.source()), self.num_images)
         if self._takes_probe:
@@ -207,6 +216,11 @@ class Certify(Job):
             )
             keep(run, host, certificates, images, meter, seed=self.seed)
             meter.show()
+        if self.attacked:
+            certify_attacked.attack(
+                session, self.model, self.source(), self._indices[: self.attacked],
+                method=self.certificate, config=self.smoothing, seed=self.seed, batch_size=size,
+            )  # fmt: skip
         if images.unreadable:
             pairs = np.array(sorted(images.unreadable.items()), np.str_)
             run.write_part(f"unreadable-{host}", 0, {"unreadable": pairs})
@@ -230,13 +244,21 @@ class Certify(Job):
             columns |= self._kind.relative(columns, distribution)
         lists = {name: list(values) for name, values in columns.items()}  # some hold rows (N,K)
         runs.write_table(run.path / "certificates.parquet", lists)
-        rows = self._kind.rows(columns, self.smoothing)
+        rows = list(self._kind.rows(columns, self.smoothing))
         return self.summary(
-            list(runs.of_asked(rows, len(self._indices))),
+            [*runs.of_asked(rows, len(self._indices)), *self._over_found(run, columns)],
             self._unreadable(run, columns["index"]),
             samples=int(columns["num_drawn"].sum()),
             images=len(columns["index"]),
         )
+
+    def _over_found(self, run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[runs.Row]:
+        """What was certified over what an attack found, of the images that were attacked."""
+        if self.attacked:
+            yield from certify_attacked.over_found(
+                run, self._indices[: self.attacked], columns, method=self.certificate,
+                config=self.smoothing,
+            )  # fmt: skip
 
     def draw(self, session: Session) -> None:
         from ur_jax.report import canvas, figures  # need matplotlib, of the extra "report"

@@ -23,12 +23,19 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from ur_jax import attacks, data, metrics, runs
+from ur_jax import data, metrics, runs
 from ur_jax.certify import CosineConfig, GeometricMedianConfig, MeanConfig, certify_stream
-from ur_jax.certify.joint import STREAMS, StreamCenterConfig, StreamConfig, part_of, smoothed
+from ur_jax.certify.joint import (
+    MOVING,
+    StreamCenterConfig,
+    StreamConfig,
+    attacked_image,
+    movement,
+    part_of,
+)
 from ur_jax.data import ImageSource
 from ur_jax.encoders import loading
-from ur_jax.encoders.base import Encoder, from_fn
+from ur_jax.encoders.base import Encoder
 from ur_jax.jobs import parts
 from ur_jax.jobs.progress import console
 from ur_jax.types import Key
@@ -135,34 +142,17 @@ def attack(
     settings: Smoothed, encoder: Encoder, image: np.ndarray, key: Key, batch_size: int
 ) -> dict[str, np.ndarray]:
     """How far the smoothed encoders move under an attack within the first eps_in."""
-    noise = settings.configs["mean"].sigma * jax.random.normal(key, (_DRAWS, *image.shape))
-    common = from_fn(
-        _mean_under, {"encoder": encoder, "noise": noise}, input_size=encoder.input_size
+    moved = attacked_image(
+        encoder, image, key, config=settings.configs["mean"], draws=_DRAWS, num_steps=_STEPS
     )
-    config = attacks.AttackConfig(
-        eps=settings.eps_in[0], step_size=settings.eps_in[0] / 4, num_steps=_STEPS, norm="l2",
-        rule="apgd",
-    )  # fmt: skip
-    result = attacks.u_pgd(common, image[None], key, config=config)
-    both = np.stack([image, np.asarray(result.images[0])])
-    # Rounding to the grid is part of what is smoothed, and moves the image by next to nothing.
-    both = (np.round(both * 255) / 255).astype(np.float32)
     found = {}
-    for name in STREAMS[:3]:
-        here, there = smoothed(
-            encoder, both, key, method=name, m=_SAMPLES, config=settings.configs[name],
-            batch_size=batch_size, indices=[0, 1],
+    for name in MOVING:
+        away = movement(
+            encoder, image, moved, key, method=name, config=settings.configs[name], m=_SAMPLES,
+            batch_size=batch_size,
         )  # fmt: skip
-        cosine = here @ there / np.linalg.norm(here) / np.linalg.norm(there)
-        moved = 1 - cosine if name == "cosine" else np.linalg.norm(here - there)
-        found[f"{name}/moved"] = np.array([moved])
+        found[f"{name}/moved"] = np.array([away])
     return found
-
-
-def _mean_under(params, images):
-    """Mean representation of each image under the same noise."""
-    add = lambda noise: params["encoder"](jnp.clip(images + noise, 0.0, 1.0))
-    return jax.lax.map(add, params["noise"]).mean(axis=0)
 
 
 def _images(

@@ -320,6 +320,12 @@ def _register_certificates() -> None:
         "-1 without a certificate.",
         "Salman et al. 2019", streams("certified cosine"),
     ))  # fmt: skip
+    add("certified_over_found", Metric(
+        "median", "",
+        "Certified divergence of a smoothed encoder over how far it moves under an attack within "
+        "the radius: at least 1, and near 1 where neither certificate nor attack is weak.",
+        "", streams("certified over found"),
+    ))  # fmt: skip
     add("certified_neighbour", Metric(
         "proportion", "high",
         "Share of images whose own direction is certified to be the nearest within the radius.",

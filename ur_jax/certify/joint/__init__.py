@@ -2,6 +2,7 @@
 nearest direction. Each is a file of its own: settings, certificate, derivation and guarantee."""
 
 from ur_jax.certify.joint import table as _table  # registers them  # noqa: F401
+from ur_jax.certify.joint.attacked import MOVING, attacked_image, movement
 from ur_jax.certify.joint.center import StreamCenter, StreamCenterConfig
 from ur_jax.certify.joint.config import StreamConfig
 from ur_jax.certify.joint.cosine import Cosine, CosineCertificate, CosineConfig, cosine_of
@@ -22,7 +23,10 @@ from ur_jax.certify.joint.smoothed import STREAMS, clip_ball, part_of, smoothed
 from ur_jax.certify.joint.stream import Part, certify_stream
 
 __all__ = [
+    "MOVING",
     "STREAMS",
+    "attacked_image",
+    "movement",
     "Cosine",
     "CosineCertificate",
     "CosineConfig",
