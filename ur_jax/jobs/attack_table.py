@@ -1,12 +1,12 @@
 """What each attack finds at which cost, on one page: `ur-jax attack-table`.
 
     python experiments/attack_table.py --encoders demo demo-robust --images demo \\
-        --out runs/attacks.csv
+        --csv runs/attacks.csv
 
 Attacks the same images of each encoder at each radius (linf) by the paper's steps, by steps of
 eps/10, by momentum, by APGD on every objective, by Square, and takes the worst on each image
 (`strong`). Prints a row for each: median l2 distance, universal quantile, breakaway risk, top-1
-accuracy, what it cost; seconds at the first radius include compiling. Rows are written to --out as
+accuracy, what it cost; seconds at the first radius include compiling. Rows are written to --csv as
 they are finished; the same command again computes only those that are missing.
 """
 
@@ -29,7 +29,7 @@ from ur_jax.attacks import AttackConfig, StrongConfig, strong, u_pgd
 from ur_jax.checks import check_whole
 from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
-from ur_jax.errors import UserError
+from ur_jax.errors import UserError, unknown_name
 from ur_jax.jobs.progress import console
 from ur_jax.metrics import DistanceDistribution
 from ur_jax.typed import check_types
@@ -60,7 +60,7 @@ class Config:
     """Gradient steps of a start of the strong attacks."""
     only: tuple[str, ...] = ()
     """Names of attacks; all by default."""
-    out: Path | None = None
+    csv: Path | None = None
     """File of the rows, as CSV."""
     seed: int = 0
     """Of every random draw."""
@@ -114,8 +114,8 @@ def main(config: Config) -> int:
     known = [*attacks(config.budget), "strong"]
     for name in config.only:
         if name not in known:
-            raise UserError(f"Unknown attack {name!r}; choose from {', '.join(known)}.")
-    done = _read(config.out)
+            raise unknown_name("attack", name, known)
+    done = _read(config.csv)
     rows: list[dict[str, Any]] = []
     for encoder in config.encoders:
         missing = [
@@ -131,8 +131,8 @@ def main(config: Config) -> int:
         for eps, name in missing:
             rows.append({"encoder": encoder, **bench.row(eps, name)})
             console.print(_line(rows[-1]), highlight=False, markup=False, soft_wrap=True)
-            if config.out is not None:
-                _write(config.out, [*(r for r in done.values() if r not in rows), *rows])
+            if config.csv is not None:
+                _write(config.csv, [*(r for r in done.values() if r not in rows), *rows])
     console.print(table(rows), highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -251,7 +251,7 @@ def _read(path: Path | None) -> dict[tuple[str, str, str], dict[str, Any]]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if rows and tuple(rows[0]) != COLUMNS:
-        raise UserError(f"Expected a file of this command as --out, got {path}; give another one.")
+        raise UserError(f"Expected a file of this command as --csv, got {path}; give another one.")
     return {(row["encoder"], f"{float(row['eps']):g}", row["attack"]): row for row in rows}
 
 

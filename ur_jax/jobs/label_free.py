@@ -107,6 +107,8 @@ class LabelFree(Job):
         check_distinct(self, "stages")
         if not self.stages:
             raise UserError(f"Expected at least one stage of {', '.join(STAGES)}.")
+        if "strongest" in self.stages and not self.protocol.strong_eps:
+            raise UserError("Expected at least one strong_eps with the stage strongest, got none.")
         if self.protocol.needs_bank and {"attacks", "overlap"} & set(self.stages):
             raise UserError(
                 f"Expected stages distances and breakaway alone with the objective "

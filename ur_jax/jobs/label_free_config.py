@@ -82,7 +82,7 @@ class EvaluationConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_whole(self, "overlap_steps", "breakaway_steps")
+        check_whole(self, "overlap_steps", "breakaway_steps", "strong_steps", "strong_restarts")
         check_distinct(self, "eps", "read_at", "strong_eps")
         if not self.eps or not self.read_at or min(self.read_at) < 1:
             raise UserError(
