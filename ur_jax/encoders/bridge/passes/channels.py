@@ -267,7 +267,7 @@ class _Rewriter:
         if not is_flat:
             return False
         key = "size" if "size" in node.args else "shape"
-        args = {"self": Ref(self.last[source.name]), key: [size[0], after[2], after[1]]}
+        args = {"self": Ref(self.last[source.name]), key: [size[0], *reversed(after[1:])]}
         return self._result(node, node.op, args)
 
 
