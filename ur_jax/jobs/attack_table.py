@@ -248,8 +248,7 @@ def _read(path: Path | None) -> dict[tuple[str, str, str], dict[str, Any]]:
     """{(encoder, eps, attack): row} of what is finished."""
     if path is None or not path.exists():
         return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     if rows and tuple(rows[0]) != COLUMNS:
         raise UserError(f"Expected a file of this command as --csv, got {path}; give another one.")
     return {(row["encoder"], f"{float(row['eps']):g}", row["attack"]): row for row in rows}
