@@ -47,7 +47,11 @@ def test_python_runs(path, tmp_path, monkeypatch, capsys):
         if name:  # a file that the reader is to write
             (tmp_path / name[1]).write_text(block)
             made = getattr(importlib.import_module(name[1][:-3]), "make", None)
-            assert made is None or isinstance(made(), ur_jax.Encoder)
+            is_torch = made is not None and type(made()).__module__.startswith("torch.nn")
+            assert made is None or isinstance(made(), ur_jax.Encoder) or is_torch
+            if is_torch:
+                encoder = ur_jax.load_encoder(f"torch:{name[1]}:make,input_size=32")
+                assert encoder.dimension == 8
             sys.modules.pop(name[1][:-3])
         else:
             exec(compile(block, f"{path.name}", "exec"), namespace)

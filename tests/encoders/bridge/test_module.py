@@ -153,6 +153,21 @@ def test_weights_that_are_not_finite_are_refused():
         from_torch(module, input_size=(16, 16))
 
 
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.arange(3.0).view(3, 1, 1))
+        self.images = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x):
+        return ((x - self.mean) * self.images).mean((2, 3))
+
+
+def test_tensors_may_have_the_names_of_operations():
+    encoder = from_torch(Named(), input_size=(16, 16), check=False)
+    np.testing.assert_allclose(encoder(IMAGES), IMAGES.mean((1, 2)) - [0, 1, 2], rtol=1e-5)
+
+
 def test_outputs_are_pooled_and_normalised():
     encoder = from_torch(Several(), input_size=(16, 16), output="tokens.mean.normalized")
     want = IMAGES.mean((1, 2))
@@ -189,9 +204,9 @@ EXPANDED = [HUGE, -1, 16, 16, 3]
         (lambda g: node(g, "aten.relu.default", self={"ref": "nowhere"}), "not before it"),
         (lambda g: node(g, "aten.relu.default", other=1), "are not those of"),
         (lambda g: node(g, "aten.full.default", size=[HUGE], fill_value=1), "more than"),
-        (lambda g: node(g, "aten.expand.default", self={"ref": "images"}, size=EXPANDED),
+        (lambda g: node(g, "aten.expand.default", self={"ref": "%"}, size=EXPANDED),
          "more than"),
-        (lambda g: node(g, "aten.mm.default", self={"ref": "images"}, mat2=3), "fit together"),
+        (lambda g: node(g, "aten.mm.default", self={"ref": "%"}, mat2=3), "fit together"),
         (lambda g: node(g, "aten.relu.default", self={"what": 1}), "no value"),
         (lambda g: g.update(format=99), "format 1, got 99"),
         (lambda g: g.pop("nodes"), "lacks a field"),

@@ -196,7 +196,7 @@ class _Converter:
         shape = (None, *(self._meta_shape(placeholder) or ())[1:])
         self._nodes.append(
             Node("images/nchw", "aten.permute.default",
-                 {"self": Ref("images"), "dims": [0, 3, 1, 2]}, shape)
+                 {"self": Ref("%"), "dims": [0, 3, 1, 2]}, shape)
         )  # fmt: skip
         self._refs[images] = Ref("images/nchw")
         with torch.no_grad():
@@ -244,11 +244,12 @@ class _Converter:
         if op not in ROWS:
             self._unsupported[op] += 1
             self._places.setdefault(op, _place(node))
-            self._refs[node.name] = Ref(node.name)
+            self._refs[node.name] = Ref(f"%{node.name}")
             return
         args = {key: self._value(value) for key, value in self._arguments(node, op).items()}
-        self._nodes.append(Node(node.name, op, args, self._meta_shape(node), _place(node)))
-        self._refs[node.name] = Ref(node.name)
+        name = f"%{node.name}"  # a tensor may be called "mean", too
+        self._nodes.append(Node(name, op, args, self._meta_shape(node), _place(node)))
+        self._refs[node.name] = Ref(name)
 
     def _op_name(self, node: Any) -> str:
         """The name of a row, or what would be one."""

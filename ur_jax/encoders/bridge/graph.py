@@ -78,7 +78,7 @@ class Graph:
     nodes: tuple[Node, ...]
     output: str
     per_image: bool = False
-    input: str = "images"
+    input: str = "%"
 
     def replace(self, **changes: Any) -> Graph:
         """The graph with other values of some attributes."""

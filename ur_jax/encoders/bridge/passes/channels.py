@@ -255,10 +255,11 @@ class _Rewriter:
         before: tuple[Any, ...] = self.shapes[source.name]
         after: tuple[Any, ...] = node.shape or ()
         size = node.args.get("size", node.args.get("shape"))
-        if before[2:] == (1, 1) and len(after) == 2 and after[0] == before[0]:
-            self._add(
-                dataclasses.replace(node, args={**node.args, "self": Ref(self.last[source.name])})
-            )
+        if len(after) == 2:
+            if before[2:] != (1, 1) or after[0] != before[0]:
+                return False
+            args = {**node.args, "self": Ref(self.last[source.name])}
+            self._add(dataclasses.replace(node, args=args))
             return True
         is_flat = (
             len(before) == 4 and len(after) == 3 and before[1] == after[1] and before[0] == after[0]
