@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +49,8 @@ def snapshot(text: str) -> Snapshot:
     if os.path.isdir(name):
         raise UserError(f"Expected no revision with the folder {name}, got {revision!r}.")
     if not _ID.fullmatch(name) or name.startswith("."):
-        raise NotFoundError(f"There is no folder {text}{_near(Path(text))}; check the path.")
+        near = _near(Path(text)) or "; check the path."
+        raise NotFoundError(f"There is no folder {text}{near}")
     return _of_folder(_fetched(name, revision or None), name, None)
 
 
@@ -62,10 +64,21 @@ def _near(path: Path) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+def offline_if_unreachable() -> None:
+    """Has the hub's client say at once that there is no network, rather than try for a minute."""
+    constants: Any = require("huggingface_hub.constants", "hf", "Fetching weights")
+    host = constants.ENDPOINT.partition("://")[2].partition("/")[0].partition(":")[0]
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
 def _fetched(name: str, revision: str | None) -> Path:
     """The hub's snapshot, of this machine's cache or of the network."""
     hub: Any = require("huggingface_hub", "hf", f"Fetching {name}")
-    errors: Any = hub.errors
+    errors: Any = require("huggingface_hub.errors", "hf", f"Fetching {name}")
+    offline_if_unreachable()
     what = f"{name}{f' at {revision}' if revision else ''}"
     try:
         folder = hub.snapshot_download(

@@ -14,6 +14,7 @@ function may also return (module, {"input_size": ..., "mean": ..., ...}).
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -189,7 +190,9 @@ def _of_timm(place: str, arguments: dict[str, Any]) -> Made:
     name, _, weights = place.partition("@")
     base = name.partition(".")[0]
     if not timm.is_model(base):
-        raise unknown_name("architecture of timm", name, timm.list_models())
+        near = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+        raise UserError(f"timm {timm.__version__} has no architecture {base!r}{hint}")
     kept = any(part in base for part in families.KEPT_HEADS)
     output = arguments.get("output")
     options: dict[str, Any] = {}
@@ -220,6 +223,8 @@ def _made_by_timm(timm: Any, name: str, weights: str, options: dict, size: Any) 
     """The network; positions for another image size are interpolated as timm does it."""
     options = dict(options)
     pretrained = not weights
+    if pretrained:
+        hub.offline_if_unreachable()
     try:
         try:
             sized = {} if size is None else {"img_size": size}
