@@ -79,8 +79,10 @@ def fits(value: Any, kind: Any) -> bool:
         if not isinstance(value, wanted) or (kind is not bool and isinstance(value, bool)):
             return False
         return not isinstance(value, numbers.Integral) or -(2**63) <= int(value) < 2**63
-    if kind is not Any and inspect.isclass(kind) and not getattr(kind, "_is_protocol", False):
-        return isinstance(value, kind)
+    if kind is not Any and inspect.isclass(kind):
+        is_protocol = getattr(kind, "_is_protocol", False)
+        if not is_protocol or getattr(kind, "_is_runtime_protocol", False):
+            return isinstance(value, kind)
     return True
 
 

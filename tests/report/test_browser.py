@@ -58,7 +58,7 @@ def test_in_a_browser(tmp_path):
     report = folder / "report.html"
     probed = tmp_path / "probed.html"
     probed.write_text(report.read_text().replace("</body>", PROBE))
-    for width in (1300, 500):  # no window of a browser is narrower
+    for width in (500,):  # the narrowest window there is
         done = browse(f"--window-size={width},900", "--dump-dom", f"file://{probed}")
         assert "CONSOLE" not in done.stderr, done.stderr
         text = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)

@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -48,7 +48,8 @@ J = TypeVar("J", bound="Job")
 _NUM_DOUBTED, _NUM_REPAIRS = 4, 20
 
 
-class Pictures(Protocol):
+@runtime_checkable
+class ImageSequence(Protocol):
     """An array of images, a list of pictures, or a data set; see `data.as_source`."""
 
     def __len__(self) -> int: ...
@@ -57,7 +58,7 @@ class Pictures(Protocol):
 
 EncoderLike = Encoder | str
 Representation = Annotated[str, tyro.conf.arg(aliases=("--output",))]
-ImagesLike = ImageSource | str | Pictures
+ImagesLike = ImageSource | str | ImageSequence
 """What `data.as_source` takes; on a command line a spec."""
 ProbeLike = Classifier | str
 
