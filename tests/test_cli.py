@@ -230,6 +230,7 @@ def test_a_sample_of_bad_flags_is_refused_in_one_line_each(tmp_path):
         (("--dtype", LONG), f"Unknown dtype '{LONG}'. Expected one of: bfloat16, float32."),
         (("--rule", "nope"), "Unknown step rule 'nope'. Expected one of: "),
         (("--seed",), "Missing value for argument '--seed'."),
+        (("--preset",), "Expected one of paper, quick, strong, fast behind --preset, got none."),
     ],
 )
 def test_what_the_parser_refuses_is_one_line_too(at, tmp_path, capsys, words, line):

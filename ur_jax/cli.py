@@ -280,9 +280,14 @@ def parse(command: Command, args: Sequence[str], prog: str | None = None) -> Any
     """
     default: Any = tyro.MISSING
     if command.presets:
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--preset", default=next(iter(command.presets)))
-        preset = parser.parse_known_args(list(args))[0].preset
+        try:
+            preset = parser.parse_known_args(list(args))[0].preset
+        except argparse.ArgumentError as error:
+            raise UserError(
+                f"Expected one of {', '.join(command.presets)} behind --preset, got none."
+            ) from error
         if preset not in command.presets:
             raise unknown_name("preset", preset, command.presets)
         default = command.presets[preset]
