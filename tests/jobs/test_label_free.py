@@ -163,7 +163,8 @@ def test_clean_representations_are_shared_between_runs(source, finished, tmp_pat
         one = dataclasses.replace(job(source), stages=(name,))
         with pytest.warns(UserWarning, match="06.png"):
             summary = one.run(tmp_path / name, bank=tmp_path / "bank", progress=quiet, plots=False)
-        assert set(summary.rows) <= set(finished[1].rows)
+        # By their text: a row with a NaN is equal to no other one from Python 3.13 on.
+        assert set(map(repr, summary.rows)) <= set(map(repr, finished[1].rows))
     assert len(passes) == 5 + 2  # 37 images once, and the attacked ones
 
 

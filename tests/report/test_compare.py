@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import simulated
 
-from ur_jax.report import collect, compare
+from ur_jax.report import collect, compare, paired
 from ur_jax.runs import Row, Summary
+from ur_jax.types import Values
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +115,13 @@ def test_the_headline_is_of_the_last_step(numbers):
     assert not any("cat -> dog" in name or "(l1" in name for name in table)
     row = table["certified-accuracy: certified_accuracy (radius 0.25)"]
     assert set(row) == {"strong", "middle", "weak"} and row["weak"].n == 30
+
+
+def test_a_mean_without_known_bounds_is_not_compared():
+    index, radius = np.arange(8), np.linspace(0.5, 3.0, 8)
+    values = lambda metric, value: Values(metric, index, value)
+    assert paired.compare_values(*[values("mean_radius", radius)] * 2) is None
+    found = paired.compare_values(
+        values("median_eps_out", radius), values("median_eps_out", 0 * radius)
+    )
+    assert found is not None and (found.higher, found.lower, found.equal) == (8, 0, 0)

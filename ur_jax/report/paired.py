@@ -215,13 +215,20 @@ def compare_summaries(first: Summary, second: Summary, names: tuple[str, str]) -
 
 
 def compare_values(first: Values, second: Values) -> Paired | None:
-    """The comparison over the images that both have a value for; None where there are none."""
+    """The comparison over the images that both have a value for.
+
+    None where there are none, or for a mean of values outside of [0,1], of which no bounds are
+    known.
+    """
     x, y = _by_image(first), _by_image(second)
     common = sorted(x.keys() & y.keys())
     if not common:
         return None
     a, b = np.array([x[i] for i in common]), np.array([y[i] for i in common])
-    return paired.compare(a, b, statistic=METRICS[first.metric].statistic)  # pyright: ignore
+    statistic: Any = METRICS[first.metric].statistic
+    if statistic != "median" and not 0.0 <= min(a.min(), b.min()) <= max(a.max(), b.max()) <= 1.0:
+        return None
+    return paired.compare(a, b, statistic=statistic)
 
 
 def _by_image(values: Values) -> dict[tuple, float]:
