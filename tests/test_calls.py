@@ -14,7 +14,8 @@ from PIL import Image
 import ur_jax
 from ur_jax import data
 from ur_jax.errors import UserError
-from ur_jax.jobs import EvaluationConfig, LabelFree
+from ur_jax.jobs import EvaluationConfig, LabelFree, label_free_sizes
+from ur_jax.jobs.minutes import Speed
 from ur_jax.jobs.progress import quiet
 
 TINY = {"num_images": 8, "eps": (0.05,), "read_at": (1, 2), "overlap_steps": 1}
@@ -51,6 +52,31 @@ def test_a_call_is_the_job(pixels, found):
     job = LabelFree(encoder=make(0), images=pixels, protocol=protocol)
     assert job.run(progress=quiet).rows == found[0].rows
     assert found[0].to_dataframe()["n"].max() == 12 and "universal" in str(found[0])
+
+
+def test_minutes_fix_how_many_images_are_attacked(pixels, tmp_path, monkeypatch):
+    settings = {k: v for k, v in TINY.items() if k != "num_images"} | {"eps": (0.05, 0.1)}
+    # 12 clean images; 8 attacked: at 2 radii 2 attacks of 3 steps at 3, a target; 6 pairs; 1 step.
+    samples = 12 + 2 * 8 * (2 * 9 + 1) + 2 * 6 * 4 + 8 * 4
+
+    def evaluate(seconds_of_those, **changes):
+        speed = Speed(0.0, seconds_of_those / samples)
+        monkeypatch.setattr(label_free_sizes, "_speed", lambda *_: speed)
+        given = settings | {"minutes": 1, "out": tmp_path / "run"} | changes
+        return ur_jax.evaluate(make(0), pixels, **given)
+
+    first = evaluate(49)  # of 51: a sixth of a minute is left for the rest
+    assert first.identity["protocol"]["num_images"] == 8 and first.identity["minutes"] == 1
+    assert {row.n for row in first.rows if row.metric == "universal_quantile"} == {8}
+    assert evaluate(1).rows == first.rows  # it goes on with what it began with
+    assert evaluate(1, out=None).identity["protocol"]["num_images"] == 12
+    with pytest.raises(UserError, match=r"minutes >= 1\.1 on this machine, got 1: 6 images"):
+        evaluate(55, out=None)
+    for wrong in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="minutes as a positive number, got"):
+            evaluate(1, minutes=wrong)
+    with pytest.raises(UserError, match="minutes or num_images, got both: 1 and 8"):
+        evaluate(1, num_images=8)
 
 
 def test_images_in_any_form_are_the_same_images(pixels):

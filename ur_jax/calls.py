@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ur_jax.report.paired import Comparison
 
 J = TypeVar("J", bound=Job)
-_GIVEN = {"encoder", "images", "probe", "method", "config", "protocol"}
+_GIVEN = {"encoder", "images", "probe", "method", "config", "protocol", "minutes"}
 
 
 def evaluate(
@@ -32,6 +32,7 @@ def evaluate(
     images: ImagesLike,
     *,
     preset: str = "quick",
+    minutes: float | None = None,
     out: str | os.PathLike | None = None,
     **settings: Any,
 ) -> Summary:
@@ -43,6 +44,8 @@ def evaluate(
         `datasets.Dataset`, or a spec such as "folder:photos"; see `data.as_source`.
       preset: "quick", minutes on a CPU, or "paper", its protocol. It asks for no more images than
         there are.
+      minutes: time to take: speed is measured, and as many images are attacked as fit, which their
+        intervals show; None for the preset's number.
       out: folder that keeps the results, so that a run that stopped goes on; None keeps none.
       **settings: fields of `jobs.LabelFree` or of its `EvaluationConfig`, to change the preset's:
         num_images=16, eps=(0.05,), stages=("attacks",).
@@ -56,11 +59,15 @@ def evaluate(
     source = data.as_source(images)
     job = _preset(LabelFree, preset)
     own, config = _divided(LabelFree, job.protocol, settings)
-    job = dataclasses.replace(job, encoder=encoder, images=source, **own)
+    if minutes is not None and "num_images" in config:
+        raise UserError(
+            f"Expected minutes or num_images, got both: {minutes} and {config['num_images']}."
+        )
+    job = dataclasses.replace(job, encoder=encoder, images=source, minutes=minutes, **own)
     protocol = dataclasses.replace(job.protocol, **config)
     few = {
         name: min(getattr(protocol, name), len(source))
-        for name in ("num_images", "num_clean")
+        for name in (*(() if minutes else ("num_images",)), "num_clean")
         if name not in config and getattr(protocol, name) is not None
     }
     protocol = dataclasses.replace(protocol, **few)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -34,16 +33,17 @@ from ur_jax.data import (
     image_batches,
     load_uint8,
 )
-from ur_jax.devices import hosts, memory
+from ur_jax.devices import hosts
 from ur_jax.distances import distance
-from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.jobs import attack_health, doubts, parts, strongest
+from ur_jax.jobs import label_free_sizes as sizes
 from ur_jax.jobs import label_free_tables as tables
 from ur_jax.jobs import label_free_values as per_image
 from ur_jax.jobs.base import Curve, Job, Session, register
 from ur_jax.jobs.label_free_config import PAPER, PRESETS, STAGES, EvaluationConfig
 from ur_jax.jobs.label_free_tables import DIVERGENCES
+from ur_jax.jobs.minutes import check_minutes
 from ur_jax.runs.summary import Summary
 from ur_jax.types import Array, Values
 
@@ -61,18 +61,25 @@ class LabelFree(Job):
     stages: tuple[Literal["distances", "attacks", "overlap", "breakaway", "strongest"], ...] = PAPER
     """What to evaluate: the paper's measures, and the strongest attack that is found."""
     protocol: tyro.conf.OmitArgPrefixes[EvaluationConfig] = EvaluationConfig()
+    minutes: float | None = None
+    """Instead of num_images: speed is measured, and as many images are taken as fit."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.minutes is not None:
+            check_minutes(self.minutes)
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"stages": list(self.stages), "protocol": self.protocol.of_stages(self.stages)}
+        found = {"stages": list(self.stages), "protocol": self.protocol.of_stages(self.stages)}
+        return found if self.minutes is None else {**found, "minutes": float(self.minutes)}
 
     @property
     def samples(self) -> int:
         """Images that will pass through the encoder, a step of an attack counted as 3."""
         protocol, total = self.protocol, len(self.source())
         attacked = min(protocol.num_images, total) * protocol.num_restarts
-        has_gradient = getattr(RULES[protocol.rule](), "needs_gradient", True)
-        cost = _STEP_COST if has_gradient else 1
+        cost = self.step_cost
         steps = cost * (max(protocol.read_at) + 1)
         return sum(
             {
@@ -88,17 +95,37 @@ class LabelFree(Job):
             for stage in self.stages
         )
 
+    @property
+    def step_cost(self) -> int:
+        """Samples that a step of an attack counts as."""
+        has_gradient = getattr(RULES[self.protocol.rule](), "needs_gradient", True)
+        return _STEP_COST if has_gradient else 1
+
     def settled(self, begun: Mapping[str, Any], mesh: Mesh) -> LabelFree:
-        """With a batch size: what fits on every host, or what the run began with."""
+        """With a batch size that fits on every host, and as many images as fit into `minutes`; or
+        with those that the run began with."""
+        if self.minutes is not None:
+            return dataclasses.replace(self, protocol=self._fitting(begun, mesh))
         if self.protocol.batch_size is not None:
             return self
         size = begun.get("protocol", {}).get("batch_size")
         if size is None:
-            fitting = fit_batch_size(self.protocol, self.model, mesh, jax.process_count())
+            fitting = sizes.fit_batch_size(self.protocol, self.model, mesh, jax.process_count())
             size = int(hosts.on_all_hosts(fitting).min())
         return dataclasses.replace(
             self, protocol=dataclasses.replace(self.protocol, batch_size=size)
         )
+
+    def _fitting(self, begun: Mapping[str, Any], mesh: Mesh) -> EvaluationConfig:
+        """The protocol with as many images as fit into the minutes."""
+        if self.protocol.num_images not in _UNASKED:
+            raise UserError(
+                f"Expected minutes or num_images, got both: {self.minutes:g} and "
+                f"{self.protocol.num_images}."
+            )
+        if begun.get("minutes") == self.minutes:
+            return sizes.begun_with(self.protocol, begun)
+        return sizes.fitting(self, mesh)
 
     def check(self, mesh: Mesh) -> None:
         for stage in self.stages:
@@ -115,7 +142,7 @@ class LabelFree(Job):
                 f"{self.protocol.objective!r}, which has no target, got "
                 f"{', '.join(self.stages)}; add --stages breakaway."
             )
-        check_fits(self.protocol, len(self.source()), mesh)
+        sizes.check_fits(self.protocol, len(self.source()), mesh)
         if self.protocol.batch_size is not None:
             size, total = self.protocol.batch_size, len(self.source())
             check_batch_size(size, total, self.model.input_size)
@@ -417,35 +444,7 @@ class LabelFree(Job):
 
 
 LabelFree.presets = {name: LabelFree(**settings) for name, settings in PRESETS.items()}
-
-
-def fit_batch_size(
-    config: EvaluationConfig, encoder: Encoder, mesh: Mesh, num_hosts: int = 1
-) -> int:
-    """Images per batch: as many as an attack on them has room for, on all devices of a mesh.
-
-    Args:
-      config: the protocol.
-      encoder: the encoder.
-      mesh: a host's devices.
-      num_hosts: how many there are; a batch is no larger than a host's share of attacked images.
-    """
-    attack = config.attack(max(config.eps), 2)  # its memory does not grow with its steps
-    attacked = lambda encoder, images: u_pgd(
-        encoder, images, jax.random.key(0), config=attack,
-        bank=jnp.ones((8, encoder.dimension)) if config.needs_bank else None,
-    )  # fmt: skip
-    most = memory.fit_batch_size(attacked, encoder, (*encoder.input_size, 3))
-    return mesh.size * min(most, math.ceil(config.num_images / (num_hosts * mesh.size)))
-
-
-def check_fits(config: EvaluationConfig, num_images: int, mesh: Mesh) -> None:
-    """Raises UserError for more samples than images, or a batch that the devices can't divide."""
-    if config.batch_size is not None:  # it is found on the machine otherwise
-        devices.check_divisible(config.batch_size, mesh)
-    for what in ("num_images", "num_clean"):
-        wanted = getattr(config, what)
-        evenly_spaced(num_images, num_images if wanted is None else wanted, what=what)
+_UNASKED = {preset.protocol.num_images for preset in LabelFree.presets.values()}
 
 
 def _derangement(indices: np.ndarray, key: Array) -> np.ndarray:

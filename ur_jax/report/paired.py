@@ -260,7 +260,8 @@ def _same_request(found: Results, stage: str, first: str, second: str) -> bool:
 
 def asked(summary: Summary) -> Mapping[str, Any]:
     """What was asked for, whatever the encoder."""
-    found = {k: v for k, v in summary.identity.items() if k not in _OF_ENCODER}
+    left_out = (*_OF_ENCODER, "minutes")  # the number of images that fitted counts
+    found = {k: v for k, v in summary.identity.items() if k not in left_out}
     if isinstance(protocol := found.get("protocol"), dict):
         found["protocol"] = {k: v for k, v in protocol.items() if k != "batch_size"}
     return found
