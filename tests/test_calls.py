@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import types
@@ -127,6 +128,8 @@ def test_compared_image_by_image(pixels, found, tmp_path):
     comparison = ur_jax.compare(*found)
     assert comparison.verdicts and "decided" in str(comparison) + "better decided"
     assert {"winner", "p_adjusted", "low"} <= set(comparison.to_dataframe().columns)
+    records = json.loads(comparison.to_json())
+    assert [each["p_adjusted"] for each in records] == [v.p_value for v in comparison.verdicts]
     # From a folder: the same.
     encoder = make(0)
     ur_jax.evaluate(encoder, pixels, out=tmp_path / "run", **TINY)
@@ -137,6 +140,23 @@ def test_compared_image_by_image(pixels, found, tmp_path):
         ur_jax.compare(other, found[1])
     with pytest.raises(UserError, match="finished run"):
         ur_jax.compare(tmp_path, found[1])
+
+
+def test_results_are_drawn(found, monkeypatch):
+    panels = {row.metric for row in found[0].rows}
+    figure = found[0].plot()
+    assert {axis.get_title().partition("\n")[0] for axis in figure.axes} - {""} == panels
+    comparison = ur_jax.compare(*found)
+    (axis,) = comparison.plot().axes
+    for verdict, title in zip(comparison.verdicts[::-1], axis.get_yticklabels()):
+        assert title.get_text().startswith(verdict.column.column.title)
+    ends = [bar.get_width() for bar in axis.patches]  # of the first and the second, from below
+    shares = [v.wins[name] / v.result.n for v in comparison.verdicts[::-1] for name in v.wins]
+    np.testing.assert_allclose(np.abs(ends), shares)
+    assert comparison.plot()._repr_png_()[1:4] == b"PNG"  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="report"):
+        found[0].plot()
 
 
 def test_certify_is_a_room_and_a_call(pixels):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _BANK_SHARE = 0.15  # of the time, at most, for clean images that attacked ones are looked up among
 _STEPS = 2  # of the attack that is timed
 _MANY = 8  # batches, from which on larger ones are tried
-_SMALL = 2  # images per device of a batch on a CPU, where larger ones are hardly faster
+_SMALL = 3  # images per device of a batch on a CPU, where larger ones are hardly faster
 _PROGRAMS = {"distances": 0, "attacks": 2, "overlap": 1, "breakaway": 1, "strongest": 6}
 _SIZES = ("num_images", "num_clean", "batch_size")
 

@@ -93,8 +93,8 @@ def too_few(budget: Budget, samples: float, num_images: int) -> UserError:
     needed = math.ceil(10 * budget.needed(samples)) / 10
     return UserError(
         f"Expected minutes >= {needed:g} on this machine, got {budget.minutes:g}: {num_images} "
-        "images, the fewest whose median has an interval, take so long; or ask for fewer stages, "
-        "eps or steps."
+        "images, the fewest whose median has an interval, take so long. Cheaper are --preset fast "
+        "and fewer --stages or --eps."
     )
 
 

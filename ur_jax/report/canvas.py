@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,18 @@ def styled(style: Mapping[str, Any]) -> Iterator[None]:
     """
     with _matplotlib().rc_context(dict(style)):
         yield
+
+
+def in_notebook(figure: Figure) -> Figure:
+    """The figure, which a notebook shows where it is a cell's last value."""
+
+    def png() -> bytes:
+        with io.BytesIO() as file:
+            figure.savefig(file, format="png", dpi=110, facecolor="white")
+            return file.getvalue()
+
+    figure._repr_png_ = png  # pyright: ignore[reportAttributeAccessIssue]
+    return figure
 
 
 def save_png(figure: Figure, path: Path) -> None:

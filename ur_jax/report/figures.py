@@ -37,7 +37,7 @@ _COLORS = (
 )
 _LINES = ("-", "--", ":")
 _LONGEST_LABEL = 40
-_STYLE = {
+STYLE = {
     **{name: _INK for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")},
     "axes.edgecolor": _INK,
     "axes.facecolor": "none",
@@ -114,7 +114,7 @@ def draw(panels: Panels, encoders: Sequence[str]) -> Figure:
     if curves[0].kind == "points":
         return _points(panels)
     names = [*encoders, *sorted({name for each in panels.values() for name in each} - {*encoders})]
-    with canvas.styled(_STYLE):
+    with canvas.styled(STYLE):
         size = (4.75 * max(len(panels), 1.3), 3.8)
         figure, axes = canvas.new_figure(1, len(panels), size)
         handles: dict[str, Any] = {}
@@ -130,7 +130,7 @@ def draw(panels: Panels, encoders: Sequence[str]) -> Figure:
         order = sorted(handles)
         figure.legend(
             [handles[name] for name in order],
-            [*map(_label, order)],
+            [*map(label, order)],
             loc="outside right center",
             fontsize=8,
         )
@@ -141,14 +141,14 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a figure as PATH.png and PATH.pdf, on white, the same bytes every time."""
     for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         target = path.with_name(f"{path.name}.{suffix}")
-        with atomic_path(target) as temporary, canvas.styled(_STYLE):
+        with atomic_path(target) as temporary, canvas.styled(STYLE):
             figure.savefig(temporary, format=suffix, dpi=200, facecolor="white", metadata=metadata)
 
 
 def to_svg(figure: Figure) -> str:
     """The figure as an SVG element."""
     text = io.StringIO()
-    with canvas.styled(_STYLE):
+    with canvas.styled(STYLE):
         figure.savefig(text, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     markup = text.getvalue()
     return markup[markup.index("<svg") :].replace(_INK, "currentColor")
@@ -252,7 +252,7 @@ def _points(panels: Panels) -> Figure:
     num_columns = min(5, max(3, len(shown)))
     num_rows = math.ceil(len(shown) / num_columns)
     size = (1.9 * num_columns + 0.6, 1.9 * num_rows + 0.5)
-    with canvas.styled(_STYLE):
+    with canvas.styled(STYLE):
         figure, axes = canvas.new_figure(num_rows, num_columns, size, sharex=True, sharey=True)
         for axis, (name, curve) in zip(axes.flat, shown.items()):
             axis.axhline(0.0, color="#d55e00", linewidth=1)
@@ -260,7 +260,7 @@ def _points(panels: Panels) -> Figure:
                 curve.x, curve.value, s=4, alpha=0.4, color=_COLORS[0], lw=0, rasterized=True
             )
             share = float(np.mean(curve.value < 0)) if len(curve.value) else math.nan
-            axis.set_title(f"{_label(name)}\n{share:.1%} below 0", fontsize=8)
+            axis.set_title(f"{label(name)}\n{share:.1%} below 0", fontsize=8)
         for axis in axes.flat[len(shown) :]:
             axis.set_axis_off()
         first = next(iter(shown.values()))
@@ -269,7 +269,7 @@ def _points(panels: Panels) -> Figure:
     return figure
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
     """A name that can be drawn: on one line, without what is no character, and not too long."""
     visible = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in name]
     text = "".join(visible)
@@ -278,5 +278,9 @@ def _label(name: str) -> str:
 
 def _look(names: Sequence[str], name: str) -> tuple[str, str]:
     """Colour and line of an encoder."""
-    place = list(names).index(name)
+    return look(list(names).index(name))
+
+
+def look(place: int) -> tuple[str, str]:
+    """Colour and line of the encoder, or whatever else, at a place in a legend."""
     return _COLORS[place % len(_COLORS)], _LINES[place // len(_COLORS) % len(_LINES)]

@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
@@ -30,10 +30,14 @@ from ur_jax.report.collect import Results
 from ur_jax.report.compare import Compared, columns
 from ur_jax.report.compare import best as best_by_intervals
 from ur_jax.runs import SETTINGS, Summary, shown
+from ur_jax.runs.files import to_json
 from ur_jax.runs.shown import Shown
 from ur_jax.stats import paired
 from ur_jax.stats.paired import Paired
 from ur_jax.types import Values
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LEVEL = 0.05
 """Above this adjusted p-value nothing is decided."""
@@ -119,7 +123,25 @@ class Comparison(Shown):
         Raises:
           UserError: if neither is installed.
         """
-        rows = [
+        return shown.to_dataframe(shown.to_arrow(self.records()))
+
+    def to_json(self) -> str:
+        """A list of the verdicts."""
+        return to_json(self.records())
+
+    def plot(self) -> Figure:
+        """On how many images each encoder is the more robust one, as matplotlib's figure.
+
+        Raises:
+          MissingPackageError: without matplotlib, of the extra `report`.
+        """
+        from ur_jax.report import results
+
+        return results.plot_comparison(self)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The verdicts as dicts."""
+        return [
                 {
                     "first": each.first, "second": each.second, "metric": each.column.metric,
                     "setting": each.column.setting, "winner": each.winner,
@@ -128,7 +150,6 @@ class Comparison(Shown):
                 }
                 for each in self.verdicts
             ]  # fmt: skip
-        return shown.to_dataframe(shown.to_arrow(rows))
 
     def of(self, first: str, second: str) -> list[Verdict]:
         """Those of two encoders, in the order of the columns."""

@@ -66,6 +66,11 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def to_json(value: Any) -> str:
+    """JSON text; dataclasses, paths and NumPy become plain, NaN and inf null."""
+    return json.dumps(_finite(plain(value)), indent=1, allow_nan=False)
+
+
 def read_json(path: Path) -> Any:
     """Reads what `write_json` wrote, or other JSON.
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_WIDTH = 100
+_WIDTH = 80
 
 
 class Shown(abc.ABC):

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ur_jax.errors import DamagedError, UserError
 from ur_jax.metrics.registry import METRICS
@@ -18,6 +18,9 @@ from ur_jax.runs.provenance import SCHEMA, provenance
 from ur_jax.runs.shown import Shown
 from ur_jax.stats.intervals import Estimate
 from ur_jax.types import Values
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SETTINGS = ("divergence", "eps", "step", "radius", "images")
 """What a number was measured under; None where it does not apply."""
@@ -125,9 +128,7 @@ class Summary(Shown):
         """Writes `summary.json`, atomically, with the hashes of the tables beside it."""
         tables = [path for path in sorted(folder.glob("*.parquet")) if path.stem not in _VARYING]
         whole = dataclasses.replace(self, files={t.name: files.file_hash(t) for t in tables})
-        content = {k: v for k, v in vars(whole).items() if k != "values"}
-        content["rows"] = [dataclasses.asdict(row) for row in self.rows]
-        files.write_json(folder / "summary.json", content)
+        files.write_json(folder / "summary.json", whole._content())
 
     def damaged_tables(self, folder: Path) -> list[str]:
         """Names of the tables that are not as they were written with this summary."""
@@ -188,6 +189,25 @@ class Summary(Shown):
           UserError: if neither is installed; `to_arrow` needs none.
         """
         return shown.to_dataframe(self.to_arrow())
+
+    def to_json(self) -> str:
+        """What `summary.json` holds: the numbers and what made them."""
+        return files.to_json(self._content())
+
+    def plot(self) -> Figure:
+        """The numbers with their intervals, a panel per metric, as matplotlib's figure.
+
+        Raises:
+          MissingPackageError: without matplotlib, of the extra `report`.
+        """
+        from ur_jax.report import results
+
+        return results.plot_summary(self)
+
+    def _content(self) -> dict[str, Any]:
+        """What is written of it."""
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        return {k: v for k, v in vars(self).items() if k != "values"} | {"rows": rows}
 
     def __rich__(self):
         """The table, for `rich`."""
