@@ -209,7 +209,7 @@ def test_curves_of_an_unknown_job_are_said_to_be_missing(workdir):
 def test_drawing_changes_nothing_of_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it would fail
     settings: Any = matplotlib.rcParams
-    before = {name: settings[name] for name in figures._STYLE}
+    before = {name: settings[name] for name in figures.STYLE}
     curve = Curve("f", "p", "x", "y", "", np.arange(2.0), np.arange(2.0))
     figures.to_svg(figures.draw({"p": {"a": curve}}, ("a",)))
-    assert {name: settings[name] for name in figures._STYLE} == before
+    assert {name: settings[name] for name in figures.STYLE} == before

@@ -10,6 +10,7 @@ import simulated
 
 from ur_jax.report import collect, compare, paired
 from ur_jax.runs import Row, Summary
+from ur_jax.stats.intervals import median_interval
 from ur_jax.types import Values
 
 
@@ -125,3 +126,36 @@ def test_a_mean_without_known_bounds_is_not_compared():
         values("median_eps_out", radius), values("median_eps_out", 0 * radius)
     )
     assert found is not None and (found.higher, found.lower, found.equal) == (8, 0, 0)
+
+
+def test_an_order_that_the_strongest_attack_turns_round_is_said_first():
+    rng = np.random.default_rng(0)
+    identity = {"stages": ["attacks", "strongest"], "protocol": {}}
+
+    def found(**levels):
+        """A run whose measures lie at some levels, on 40 images."""
+        values = {m: np.clip(level + 0.01 * rng.random(40), 0, 1) for m, level in levels.items()}
+        rows = tuple(Row.of(m, median_interval(v), divergence="l2", eps=0.05, step=20)
+                     for m, v in values.items())  # fmt: skip
+        kept = [Values(m, np.arange(40), v, divergence="l2", eps=0.05, step=20)
+                for m, v in values.items()]  # fmt: skip
+        return Summary("evaluate", "", identity, rows, values=tuple(kept))
+
+    metric, strongest = "universal_quantile", "strongest_universal_quantile"
+    weak, masked = found(**{metric: 0.5, strongest: 0.6}), found(**{metric: 0.1, strongest: 0.9})
+    turned = paired.compare_summaries(weak, masked, ("weak", "masked"))
+    [sentence] = turned.disagreements()
+    assert "protocol's attack masked is more robust than weak" in sentence
+    assert "weak is: believe the latter" in sentence
+    printed = str(turned)
+    assert printed.index("believe") < printed.index("verdict")  # first of all
+    same = paired.compare_summaries(weak, found(**{metric: 0.1, strongest: 0.6}), ("a", "b"))
+    [sentence] = same.disagreements()
+    assert sentence.endswith("by the strongest attack found it is not decided.")
+    agreed = paired.compare_summaries(weak, found(**{metric: 0.1, strongest: 0.2}), ("a", "b"))
+    assert agreed.disagreements() == []
+    for column in {verdict.column.metric: verdict.column for verdict in turned.verdicts}.values():
+        masked_first = column.metric == metric
+        assert turned.ranks(column)["masked"] == ((1, 1) if masked_first else (2, 2))
+    undecided = next(v.column for v in same.verdicts if v.column.metric == strongest)
+    assert same.ranks(undecided) == {"a": (1, 2), "b": (1, 2)}

@@ -162,6 +162,9 @@ def _measured(material: Material) -> str:
 
 _PRESET = re.compile(r"--preset[ =](\S+)")
 
+_MOST_DOUBTS = 6
+"""Orders that do not hold under the strongest attack, told one by one."""
+
 _NOTHING = page.Paragraph("Nothing is finished yet.", "soft")
 """What stands where there is nothing yet."""
 
@@ -189,6 +192,11 @@ def _verdict(
     if not compared.verdicts:
         yield page.Paragraph("No two encoders were measured on the same images yet.", "soft")
         return
+    doubts = compared.disagreements()
+    for doubt in doubts[:_MOST_DOUBTS]:
+        yield page.Paragraph(doubt, "bad")
+    if len(doubts) > _MOST_DOUBTS:
+        yield page.Paragraph(f"And {len(doubts) - _MOST_DOUBTS} more such orders.", "bad")
     yield page.Paragraph(
         "All encoders are attacked on the same images, so they are compared image by image. "
         "Decided is what has a p-value below 5 % adjusted for every comparison here (Holm); "
@@ -201,9 +209,13 @@ def _verdict(
         yield from folds
         return
     yield page.Paragraph(
-        "From the most robust one down: “a > b” is decided between the two, “a, b” is not.", "soft"
+        "From the most robust one down: “a > b” is decided between the two, “a, b” is not. All "
+        "ranks together hold with a probability of 95 %.",
+        "soft",
     )
-    rankings = [(each, compared.ranking(each)) for each in columns if each.robust]
+    rankings = [
+        (each, compared.ranking(each), compared.ranks(each)) for each in columns if each.robust
+    ]
     yield page.ranking_table(rankings)
     yield page.Fold(f"Two by two ({len(pairs)} pairs)", folds)
 

@@ -219,10 +219,22 @@ def verdict_table(verdicts: Iterable[Verdict]) -> Table:
     return Table(heads, rows)
 
 
-def ranking_table(rankings: Iterable[tuple[Compared, str]]) -> Table:
-    """A row per measure: the encoders in their order."""
-    rows = [[_heading(column), Cell(text, kind="text")] for column, text in rankings]
-    return Table((Cell("measure"), Cell("order", kind="text")), rows)
+def ranking_table(
+    rankings: Iterable[tuple[Compared, str, Mapping[str, tuple[int, int]]]],
+) -> Table:
+    """A row per measure: the encoders in their order, and the ranks that each may have.
+
+    Args:
+      rankings: columns, with `Comparison.ranking` and `Comparison.ranks` of them.
+    """
+    rows = []
+    for column, text, ranks in rankings:
+        ranges = [f"{name} {low}" + f" to {high}" * (high > low) for name, (low, high) in
+                  sorted(ranks.items(), key=lambda item: item[1])]  # fmt: skip
+        cells = (Cell(each, kind="text") for each in (text, " · ".join(ranges)))
+        rows.append([_heading(column), *cells])
+    heads = (Cell(each, kind="text") for each in ("order", "rank, at 95 %"))
+    return Table((Cell("measure"), *heads), rows)
 
 
 def glossary(columns: Iterable[Compared]) -> Table:

@@ -107,6 +107,8 @@ class Comparison(Shown):
     def __rich__(self) -> Table:
         """The verdicts, for `rich`."""
         table = Table("measure", "verdict", "difference", "p", box=box.SIMPLE_HEAD, show_edge=False)
+        if doubts := self.disagreements():
+            table.title = Text("\n".join(doubts), justify="left")
         for each in self.verdicts:
             value, low, high, _ = each.result.difference
             measure = " ".join((each.column.column.title, each.column.setting))
@@ -173,6 +175,49 @@ class Comparison(Shown):
             return next((name for name in names if len(names) > 1 and wins(name)), None)
         place = best_by_intervals([column.cells[name] for name in names], column.robust)
         return None if place is None else names[place]
+
+    def disagreements(self) -> list[str]:
+        """Sentences on which order of two encoders the strongest attack found does not bear out.
+
+        One for each measure that the protocol's attack decides and the strongest, by the same
+        measure at the same eps, decides otherwise or not.
+        """
+        place = lambda v: (v.first, v.second, v.column.metric, _eps(v.column))
+        strongest = {place(v): v for v in self.verdicts}
+        found = []
+        for weak in self.verdicts:
+            first, second, metric, eps = place(weak)
+            strong = strongest.get((first, second, f"strongest_{metric}", eps))
+            if strong is None or weak.winner in (None, strong.winner):
+                continue
+            eps = math.nan if eps is None else eps
+            other = f"by the strongest attack found {strong.winner} is: believe the latter"
+            if strong.winner is None:
+                other = "by the strongest attack found it is not decided"
+            found.append(
+                f"{weak.column.column.title}, eps {eps:g}: by the protocol's attack {weak.winner} "
+                f"is more robust than {second if weak.winner == first else first}, {other}."
+            )
+        return found
+
+    def ranks(self, column: Compared) -> dict[str, tuple[int, int]]:
+        """{encoder: the first and the last rank that it may have}, 1 of the most robust one.
+
+        Guarantee: with a probability of 95 % all ranges of all measures hold, as Holm's adjustment
+        has all decided orders hold.
+        """
+        names = list(column.cells)
+        winners = {
+            frozenset((each.first, each.second)): each.winner
+            for each in self.verdicts if each.column is column
+        }  # fmt: skip
+        found = {}
+        for name in names:
+            decided = [winners.get(frozenset((name, other))) for other in names if other != name]
+            worse = sum(winner == name for winner in decided)
+            better = sum(winner not in (None, name) for winner in decided)
+            found[name] = 1 + better, len(names) - worse
+        return found
 
     def ranking(self, column: Compared) -> str:
         """The encoders from the most robust one down: "a > b" is decided, "b, c" is not."""
@@ -250,6 +295,11 @@ def compare_values(first: Values, second: Values) -> Paired | None:
     if statistic != "median" and not 0.0 <= min(a.min(), b.min()) <= max(a.max(), b.max()) <= 1.0:
         return None
     return paired.compare(a, b, statistic=statistic)
+
+
+def _eps(column: Compared) -> float | None:
+    """Radius of a column's attack."""
+    return next(iter(column.cells.values())).eps
 
 
 def _by_image(values: Values) -> dict[tuple, float]:
