@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,24 +49,49 @@ def fit_batch_size(
     device = jax.local_devices()[0]
     if largest is None:
         largest = _LARGEST_BATCH.get(device.platform, _DEFAULT_LARGEST_BATCH)
-    memory = memory or _device_memory(device)
-    needed = 0
-    batch_size = largest
+
+    def compiled(size: int) -> Any:
+        images = jax.ShapeDtypeStruct((size, *image_shape), jnp.float32)
+        return jax.jit(fn).lower(operand, images).compile()
+
+    return largest_batch(compiled, memory=memory or _device_memory(device), largest=largest)
+
+
+def largest_batch(
+    compile_batch: Callable[[int], Any], *, memory: int, largest: int = _DEFAULT_LARGEST_BATCH
+) -> int:
+    """Images per device of a program that takes at most 60 % of a memory, see `fit_batch_size`.
+
+    Args:
+      compile_batch: batch size -> the compiled program.
+      memory: bytes of one device.
+      largest: batch size to begin with, a power of two.
+
+    Returns:
+      A power of two, at least 1.
+
+    Raises:
+      ValueError: if one image is too much already.
+    """
+    bytes_needed, batch_size = 0, largest
     while batch_size >= 1:
-        images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
-        analysis = jax.jit(fn).lower(operand, images).compile().memory_analysis()
-        needed = sum(
-            getattr(analysis, f"{kind}_size_in_bytes") for kind in ("argument", "output", "temp")
-        )
-        if needed <= _MEMORY_SHARE * memory:
+        bytes_needed = needed(compile_batch(batch_size))
+        if bytes_needed <= _MEMORY_SHARE * memory:
             return batch_size
         # Memory is about proportional to the batch: step to where it should fit.
-        halvings = max(1, math.ceil(math.log2(needed / (_MEMORY_SHARE * memory))))
+        halvings = max(1, math.ceil(math.log2(bytes_needed / (_MEMORY_SHARE * memory))))
         batch_size = 1 if 1 < batch_size < 2**halvings else batch_size >> halvings
     raise UserError(
-        f"Expected one image of shape {image_shape} to fit into {memory / 2**30:.1f} GiB; the "
-        f"program takes {needed / 2**30:.1f} GiB. Use a smaller encoder or bfloat16."
+        f"Expected one image to fit into {memory / 2**30:.1f} GiB; the program takes "
+        f"{bytes_needed / 2**30:.1f} GiB. Use a smaller encoder or bfloat16."
     )
+
+
+def needed(compiled: Any) -> int:
+    """Bytes of a device that a compiled program holds: arguments, outputs and temporaries."""
+    analysis = compiled.memory_analysis()
+    kinds = ("argument", "output", "temp")
+    return sum(getattr(analysis, f"{kind}_size_in_bytes") for kind in kinds)
 
 
 def _device_memory(device):

@@ -18,8 +18,8 @@ On several hosts (a TPU pod, `srun`, `mpirun`) start the same command on each, w
 all of them see: images are divided over the hosts, batches over their devices, and the first host
 merges.
 
-`--compile-only v5e:16x16` runs nothing: it compiles every hot function for that TPU topology, on
-any machine with libtpu, and prints whether it fits.
+`--compile-only h100:8` (or `v5e:16x16`) runs nothing: it compiles every hot function for those GPUs
+(that TPU topology) on any machine with the compiler, and prints what the programs do there.
 """
 
 from __future__ import annotations
@@ -206,22 +206,24 @@ def write_report(config: Config) -> None:
         console.print(text, highlight=False, markup=False)  # "[report]" is no style
 
 
-def compile_only(config: Config, topology: str) -> int:
-    """Compiles the preset's hot functions for a TPU topology; prints what each needs."""
+def compile_only(config: Config, name: str) -> int:
+    """Compiles the preset's hot functions for GPUs or a TPU topology; prints what each needs."""
     from ur_jax.performance import ahead  # above the jobs, whose functions it compiles
 
-    rows = []
+    target, rows = ahead.find(name), []
     show = lambda text: console.print(text, highlight=False)
     for text in config.encoders or loading.packaged():
         for row in ahead.compile_encoder(
             EncoderEntry.of(text).place,
-            topology,
+            target,
             protocol=config.protocol,
             center=config.certificates.center,
             dtype=config.dtype,
             on_progress=show,
         ):
-            show(f"  {row.memory / 2**30:.2f} GiB per chip, {row.seconds:.0f} s to compile")
+            outside = f"collectives outside loops: {ahead.listed(row.outer)}"
+            show(f"  {row.items:,} {row.unit}s a call, {row.seconds:.0f} s to compile, {outside}")
+            console.print(ahead.kernel_table(target, row))
             rows.append(row)
-    console.print(ahead.table(topology, rows))
+    console.print(ahead.table(target, rows))
     return int(not all(row.fits for row in rows))

@@ -59,7 +59,8 @@ class Config:
     dry_run: bool = False
     """Print the plan and stop."""
     compile_only: str | None = None
-    """A TPU topology such as v5e:16x16: compile every hot function for it and stop."""
+    """Compile every hot function for devices that need not be here, and stop: h100:8 (GPUs; also
+    a100, h200, b200, l4), h100:8x4 (four hosts of 8), or a TPU topology such as v5e:16x16."""
     representation: Representation = "paper"
     """paper, backbone, projection or another output of the network; probes read `features`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
