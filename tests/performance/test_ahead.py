@@ -79,7 +79,8 @@ HloModule jit_f, is_scheduled=true
   %taken = bf16[64,32]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused_read
   %w = bf16[32,16]{1,0} constant({...})
   %y = (bf16[64,16]{1,0}, s8[4194304]{0}) custom-call(%taken, %w), \
-custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(f)/while/body/transpose(jvp(Net))/block3/expand/dot_general"}, \
+custom_call_target="__cublas$lt$matmul", \
+metadata={op_name="jit(f)/while/body/transpose(jvp(Net))/block3/expand/dot_general"}, \
 backend_config={"gemm_backend_config":{"dot_dimension_numbers":{\
 "lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
   %row = f32[8]{0} constant({...})

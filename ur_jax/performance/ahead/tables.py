@@ -18,12 +18,12 @@ _GIB = 2**30
 
 def table(target: Target, results: Sequence[Compiled]) -> Table:
     """The results, a line per function."""
-    shown = Table(title=f"Compiled for {target.name}", box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("encoder, function")
-    for column in ("per", "kernels", "GFLOP", "MB", "at most", "GiB", "of"):
+    shown = Table(title=f"Compiled for {target.name}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown.add_column("encoder, function", min_width=20)
+    memory = "GiB" if target.memory is None else f"GiB of {target.memory / _GIB:.0f}"
+    for column in ("per", "kernels", "GFLOP", "MB", "at most", memory):
         shown.add_column(column, justify="right", no_wrap=True)
-    for column in ("fits", "in loops"):
-        shown.add_column(column)
+    shown.add_column("fits", min_width=4)
     for r in results:
         is_small = r.available is None or r.memory <= r.available
         shown.add_row(
@@ -34,14 +34,11 @@ def table(target: Target, results: Sequence[Compiled]) -> Table:
             f"{r.bytes / 1e6:.3g}",
             "" if r.rate is None else f"{_short(r.rate)}/s",
             f"{r.memory / _GIB:.2f}",
-            "" if r.available is None else f"{r.available / _GIB:.0f}",
-            "yes" if is_small else "NO",
-            listed(r.inner),
+            ("yes" if is_small else "NO") + (f"; in loops {listed(r.inner)}" if r.inner else ""),
         )
     shown.caption = (
-        "kernels: of a call on one device; GFLOP and MB: per what the second column names; at most: "
-        "by the roofline of each kernel, on all devices; GiB: of a device, of what a program may "
-        "use there; in loops: collectives"
+        "kernels: of a call on one device; GFLOP and MB: per what the second column names; "
+        "at most: by the roofline of each kernel, on all devices; GiB: of one device"
     )
     return shown
 
