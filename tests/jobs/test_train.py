@@ -18,7 +18,7 @@ from ur_jax.encoders import checkpoints, loading
 from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import UserError
 from ur_jax.jobs.train import Train
-from ur_jax.training import FareConfig, MocoV2Config, MocoV3Config
+from ur_jax.training import FareConfig, LoreConfig, MocoV2Config, MocoV3Config
 from ur_jax.training.methods import METHODS
 
 
@@ -116,6 +116,8 @@ def test_flags_of_methods_follow_preset_and_choice():
         temperature=0.2, key_momentum=0.999, group_size=32
     )
     assert _parsed("--preset", "fare").method == FareConfig()
+    assert _parsed("--preset", "lore", "--rho", "0.2").method == LoreConfig(rho=0.2)
+    assert _parsed("--preset", "lore", "--adversary.rule", "apgd").adversary.rule == "apgd"
     assert _parsed("--adversary.eps", "0.1").adversary.eps == 0.1
 
 
@@ -131,6 +133,14 @@ def test_a_flag_that_the_method_lacks_is_refused():
     [
         (("--preset", "fare"), "--init with --method fare"),
         (("--start-epoch", "200"), "--init with --start-epoch 200"),
+        (("--preset", "lore"), "--init with --method lore"),
+        (("--method", "lore", "--rho", "0"), "rho > 0, got 0"),
+        (("--method", "lore", "--primal-steps", "0"), "primal_steps >= 1"),
+        (("--preset", "simclip", "--adversary.no-random-start"), "random start with --method sim"),
+        (("--preset", "fare", "--adversary.objective", "cosine"), "objective 'l2' inside training"),
+        (("--dtype", "float16"), "float32 or bfloat16, got float16: its largest"),
+        (("--dtype", "float64"), "dtype 'float64'"),
+        (("--max-bad-steps", "-1"), "max_bad_steps >= 0, got -1"),
         (("--learning-rate", "nan"), "learning_rate > 0, got nan"),
         (("--learning-rate", "-0.1"), "learning_rate .*-0.1"),
         (("--weight-decay", "inf"), "weight_decay .*inf"),
@@ -245,7 +255,7 @@ def test_a_method_from_outside_is_on_the_command_line_and_trains(command, folder
 
 
 def test_what_every_method_promises():
-    assert {*METHODS} >= {"mocov2", "mocov3", "fare"}
+    assert {*METHODS} >= {"mocov2", "mocov3", "fare", "lore", "simclip"}
     for name, kind in METHODS.items():
         assert kind.name == name and dataclasses.is_dataclass(kind)
         first, _ = kind().views((16, 16))
@@ -300,4 +310,4 @@ def test_fare_tunes_an_encoder_of_ones_own(command, folder, tmp_path, capsys):
     capsys.readouterr()
     words[1:4] = ["mocov2", "--init", f"{place},width=4"]
     assert command(*words, "--start-epoch", "0", "--out", str(tmp_path / "moco")) == 2
-    assert "fare trains any encoder" in " ".join(capsys.readouterr().out.split())
+    assert "fare, lore and simclip train any encoder" in " ".join(capsys.readouterr().out.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from ur_jax.attacks import AttackConfig
 from ur_jax.encoders.networks.layers import Dense, DenseNorm, NormConfig
 from ur_jax.errors import Stop, UserError
 from ur_jax.training.checkpoints import TrainingCheckpoints
-from ur_jax.training.loop import LoopConfig, last_row, train
+from ur_jax.training.loop import LoopConfig, last_row, num_skipped, train
 from ur_jax.training.views import AugmentConfig
 
 BATCH = 8
@@ -68,12 +69,12 @@ OPTIMIZER = training.sgd(lambda step: 0.05)
 def run(source):
     """Trains in a folder and returns the final state's leaves; the same compiled step each time."""
 
-    def run(directory, optimizer=OPTIMIZER, **kwargs):
+    def run(directory, optimizer=OPTIMIZER, config=CONFIG, **kwargs):
         variables = Tiny().init(jax.random.key(0), jnp.zeros((4, 4, 4, 3)))
         state = training.init_state(METHOD, variables, optimizer, jax.random.key(1))
         arguments = (METHOD, optimizer, ADVERSARY, state, _images(source), directory)
         mesh = devices.data_mesh(jax.devices()[:2])
-        state = train(*arguments, jax.random.key(2), config=CONFIG, mesh=mesh, **kwargs)
+        state = train(*arguments, jax.random.key(2), config=config, mesh=mesh, **kwargs)
         return jax.tree.leaves(jax.tree.map(np.asarray, state))
 
     return run
@@ -147,10 +148,28 @@ def test_a_second_ctrl_c_does_not_wait(run, tmp_path):
         assert saved.latest_step is None  # step 2 was not computed
 
 
-def test_a_loss_that_is_not_finite_names_step_and_checkpoint(run, tmp_path):
+def test_steps_that_are_not_finite_are_skipped_and_counted(run, tmp_path):
+    """Of the optimizer's fifth step on; a third bad step in a row is one too many."""
     rate = lambda step: jnp.where(step >= 4, jnp.inf, 0.05)
-    with pytest.raises(ValueError, match="not finite at step 6 .* is that of step 4"):
-        run(tmp_path, optimizer=training.sgd(rate, weight_decay=0.0))
+    optimizer = training.sgd(rate, weight_decay=0.0)
+    strict = dataclasses.replace(CONFIG, max_bad_steps=2)
+    message = "not finite at step 7, the last of 3 in a row .* is that of step 6"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, optimizer=optimizer, config=strict)
+    with pytest.raises(ValueError, match=message):  # and what is in a row is known after a restart
+        run(tmp_path, optimizer=optimizer, config=strict)
+    leaves = run(tmp_path, optimizer=optimizer)
+    assert all(np.isfinite(leaf).all() for leaf in leaves if leaf.dtype == np.float32)
+    rows = {int(row["step"]): row for row in _rows(tmp_path)}
+    assert [rows[n]["skipped"] for n in (2, 3, 4, 6, 8, 9)] == ["0.0"] * 3 + ["2.0", "2.0", "1.0"]
+    assert rows[9]["loss"] == "nan" and np.isfinite(float(rows[4]["loss"]))
+    assert last_row(tmp_path)["step"] == 4 and num_skipped(tmp_path) == 5
+
+
+def test_a_run_without_a_finite_step_ends_with_an_error(run, tmp_path):
+    nothing = training.sgd(lambda step: jnp.nan, weight_decay=0.0)
+    with pytest.raises(ValueError, match="at step 9, the last of 9 in a row"):
+        run(tmp_path, optimizer=nothing)
 
 
 def test_damage_is_named_in_one_line(run, uninterrupted, tmp_path):

@@ -39,8 +39,16 @@ from ur_jax.errors import DamagedError, UserError, require, unknown_name
 from ur_jax.jobs.base import EncoderLike, Job, Session, outside_code, register
 from ur_jax.runs.provenance import provenance
 from ur_jax.runs.summary import Row, Summary
-from ur_jax.training import FareConfig, MethodConfig, MocoV2Config, MocoV3Config, Start
-from ur_jax.training.loop import LoopConfig, last_row, require_board, train
+from ur_jax.training import (
+    FareConfig,
+    LoreConfig,
+    MethodConfig,
+    MocoV2Config,
+    MocoV3Config,
+    SimClipConfig,
+    Start,
+)
+from ur_jax.training.loop import LoopConfig, last_row, num_skipped, require_board, train
 from ur_jax.training.methods import Epochs
 from ur_jax.training.step import check_parts
 
@@ -52,7 +60,7 @@ _OPTIMIZERS = {"sgd": training.sgd, "adamw": training.adamw}
 class Train(Job):
     """What to train, on what, how; the defaults are the recipe of encoder "demo"."""
 
-    not_identity: ClassVar[tuple[str, ...]] = ("log_every", "save_every")
+    not_identity: ClassVar[tuple[str, ...]] = ("log_every", "save_every", "max_bad_steps")
 
     encoder: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Which encoder a published file holds, or whose network to train from random weights."""
@@ -62,10 +70,10 @@ class Train(Job):
     """Checkpoint, published file, shipped encoder or a function that makes one
     (package.module:make, file.py:make) to go on from; random weights without."""
     representation: str = "features"
-    """Of fare: which representation is kept."""
+    """Of fare, lore and simclip: which representation is kept."""
     method: tyro.conf.OmitArgPrefixes[MethodConfig] = MocoV2Config()
     attack: Literal["none", "untargeted", "targeted", "loss"] = "none"
-    """The attack inside training; fare has its own, the loss."""
+    """The attack inside training; fare, lore and simclip are made for that on the loss."""
     num_images: int | None = None
     """Evenly spaced subset of this size; all images by default."""
     seed: int = 0
@@ -91,13 +99,15 @@ class Train(Job):
     decode_size: int | None = None
     """Height and width at which images are decoded; by default the encoder's input size for small
     images, and 8/7 of it (shorter side resized, then the centre) for others."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype; the weights that are trained are float32 either way."""
+    dtype: str = "float32"
+    """Compute dtype, float32 or bfloat16; the weights that are trained are float32 either way."""
     adversary: AttackConfig = AttackConfig(eps=0.05, step_size=0.005, num_steps=3)
     log_every: int = 20
     """Steps between rows of metrics."""
     save_every: int = 1000
     """Steps between checkpoints, beside those at the end of epochs."""
+    max_bad_steps: int = 10
+    """Steps in a row that are skipped if loss or gradient is not finite; one more stops the run."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,11 +115,19 @@ class Train(Job):
         check_whole(self, "batch_size", least=2)
         check_whole(self, "num_images", "view_size", "decode_size", least=2, optional=True)
         check_number(self, "start_epoch", "warmup_epochs", "weight_decay", least=0.0)
+        check_whole(self, "max_bad_steps", least=0)
         check_number(self, "learning_rate", above=0.0)
+        training.check_dtype(self.dtype)
         if self.schedule_epochs is not None:
             check_number(self, "schedule_epochs", above=0.0)
-        if self.attack == "untargeted" and not self.adversary.random_start:
-            training.Adversary(self.attack, self.adversary)  # says what is wrong
+        if self.attack != "none":
+            training.Adversary(self.attack, self.adversary)  # says what is wrong with it
+        if self.attack == "loss" and self.method.needs_random_start:
+            if not self.adversary.random_start:
+                raise UserError(
+                    f"Expected a random start with --method {self.method.name}, got none: at the "
+                    "image itself its loss has no gradient, and the attack would do nothing."
+                )
         if self.representation != "features" and not self.method.takes_representation:
             raise UserError(
                 f"Expected no --representation with --method {self.method.name}, whose loss has an "
@@ -198,7 +216,8 @@ class Train(Job):
         state = train(
             method, optimizer, adversary, state, images, out, step_key,
             config=LoopConfig(
-                self.num_epochs, first, second, self.num_parts, self.log_every, self.save_every
+                self.num_epochs, first, second, self.num_parts, self.log_every, self.save_every,
+                self.max_bad_steps,
             ),
             mesh=devices.data_mesh(jax.devices()),
             watch=session.progress,
@@ -211,7 +230,7 @@ class Train(Job):
         known = self._known(session.run.path / "encoder")
         last = known.get("last") or last_row(session.run.path)  # of a version that kept none
         steps = int(last.pop("step", known["training"]["steps"]))
-        return self.summary((), steps=steps, last=last)
+        return self.summary((), steps=steps, skipped=known.get("skipped", 0), last=last)
 
     def summary(self, rows: Sequence[Row], unreadable: Any = None, **details: Any) -> Summary:
         title = f"train: {self._name} by {self.method.name}, attack {self.attack}"
@@ -222,6 +241,11 @@ class Train(Job):
     def remarks(cls, summary: Summary) -> Iterator[str]:
         last = ", ".join(f"{name} {value:g}" for name, value in summary.details["last"].items())
         yield f"After {summary.details['steps']} steps: {last} (all rows in metrics.csv)."
+        if skipped := summary.details.get("skipped"):
+            yield (
+                f"{skipped} of the steps were skipped, as loss or gradient was not finite; "
+                "metrics.csv says where."
+            )
         yield "The encoder is the checkpoint encoder/ in the folder of the results."
 
     @functools.cached_property
@@ -327,7 +351,7 @@ class Train(Job):
         """Writes the trained encoder as a checkpoint, with the last row of its metrics."""
         record = {"training": {**self.identity, "steps": steps}, "trained_with": provenance()}
         begun, path = self._begun, out / "encoder"
-        record["last"] = last_row(out)
+        record |= {"last": last_row(out), "skipped": num_skipped(out)}
         if isinstance(begun, Encoder):
             tuned = dataclasses.replace(begun, params=trained)
             loading.save_encoder(path, tuned, metadata=record)
@@ -347,7 +371,8 @@ def _draw_samples(out: Path, epoch: int, samples: Any) -> None:
 
 
 # The recipes. "mocov2" and "mocov3" are the paper's fine-tuning of the published checkpoints (its
-# section 5; not yet run at full size), "fare" is Schlarmann et al.'s (arXiv:2402.12336).
+# section 5; not yet run at full size), "fare" is Schlarmann et al.'s (arXiv:2402.12336), "lore"
+# (arXiv:2505.18884) and "simclip" (arXiv:2407.14971) are these methods with its numbers.
 _PAPER_V2 = Train(
     method=MocoV2Config(queue_size=65280, temperature=0.2, key_momentum=0.999, group_size=32),
     attack="untargeted", num_epochs=10, start_epoch=200, schedule_epochs=210, warmup_epochs=0,
@@ -383,4 +408,6 @@ PRESETS: dict[str, Train] = {
         adversary=AttackConfig(eps=4 / 255, step_size=1 / 255, num_steps=10),
     ),
 }
+PRESETS["lore"] = dataclasses.replace(PRESETS["fare"], method=LoreConfig())
+PRESETS["simclip"] = dataclasses.replace(PRESETS["fare"], method=SimClipConfig())
 Train.presets = PRESETS

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,11 @@ class LoopConfig:
       num_parts: parts of a batch whose gradients are accumulated.
       log_every: steps between rows of metrics, >= 1; a row is the mean over them.
       save_every: steps between checkpoints, >= 1; there is one after each epoch in any case.
+      max_bad_steps: how many steps in a row may be skipped because loss or gradient is not finite,
+        >= 0; one more stops the run.
 
     Raises:
-      ValueError: for a number below 1.
+      ValueError: for a number below its least.
     """
 
     num_epochs: int
@@ -59,9 +62,11 @@ class LoopConfig:
     num_parts: int = 1
     log_every: int = 20
     save_every: int = 1000
+    max_bad_steps: int = 10
 
     def __post_init__(self):
         check_types(self)
+        check_whole(self, "max_bad_steps", least=0)
         check_whole(self, "num_epochs", "num_parts", "log_every", "save_every")
 
 
@@ -116,9 +121,9 @@ def train(
       on_epoch: called after each epoch with its number, from 1, and a few of its last views.
 
     Raises:
-      ValueError: if loss or gradient is not finite, naming the step and the last checkpoint; for a
-        batch that devices or parts can't divide; for a checkpoint that is damaged or of other
-        images.
+      ValueError: if loss or gradient is not finite in more than `config.max_bad_steps` steps in a
+        row, or in all there were, naming step and last checkpoint; for a batch that devices or
+        parts can't divide; for a checkpoint that is damaged or of other images.
       KeyboardInterrupt, Stop: after the state was saved on request.
     """
     mesh = devices.data_mesh() if mesh is None else mesh
@@ -133,7 +138,7 @@ def train(
             state, known = saved.restore(state)
             _check_same_images(known, images)
         done = int(state.step)
-        with _Log(directory, done, known.get("metrics_sha256")) as log:
+        with _Log(directory, done, known, config.max_bad_steps) as log:
             steps = watch(_steps(images, config.num_epochs, done), "training steps", total - done)
             for step in steps:
                 state, metrics, samples = update(state, devices.shard(mesh, step.images), key)
@@ -144,20 +149,25 @@ def train(
                 if saves or done % config.log_every == 0:
                     log.flush(done / per_epoch, saved.latest_step)
                 if saves:
-                    kept = {"num_images": images.num_images, "metrics_sha256": log.hash}
-                    saved.save(done, state, kept)
+                    saved.save(done, state, {"num_images": images.num_images, **log.known})
                 if stops:
                     saved.stop()
                 if ends:
                     on_epoch(step.epoch + 1, _on_host(samples))
                 step.text = log.text  # for the progress
+            log.check_end(saved.latest_step)
     return state
 
 
 def last_row(directory: Path) -> dict[str, float]:
-    """The newest row of a run's metrics, as numbers."""
-    rows = _read_rows(directory / "metrics.csv")
+    """The newest row of a run's metrics that has any, as numbers."""
+    rows = [row for row in _read_rows(directory / "metrics.csv") if row.get("loss") != "nan"]
     return {name: float(value) for name, value in rows[-1].items()} if rows else {}
+
+
+def num_skipped(directory: Path) -> int:
+    """How many steps of a run were skipped, as loss or gradient was not finite."""
+    return sum(int(float(row.get("skipped", 0))) for row in _read_rows(directory / "metrics.csv"))
 
 
 def _steps(images: ShuffledImages, num_epochs: int, done: int) -> Iterator[Step]:
@@ -214,13 +224,16 @@ def _on_host(samples: Samples) -> Samples:
 class _Log:
     """Metrics on disk. Keeps them on the device until a row is due: no step waits for the host."""
 
-    def __init__(self, directory: Path, done: int, known: str | None = None):
+    def __init__(self, directory: Path, done: int, known: Mapping[str, Any], max_bad_steps: int):
         self.text = ""
+        self._max_bad_steps, self._bad_steps = max_bad_steps, known.get("bad_steps", 0)
         self._path = directory / "metrics.csv"
         # What came after the checkpoint that training goes on from is computed again.
         self._rows = [row for row in _read_rows(self._path) if int(row["step"]) <= done]
-        if self._rows and known not in (None, self.hash):
+        if self._rows and known.get("metrics_sha256") not in (None, self._hash):
             raise _damaged(self._path, "its rows are not those that were written")
+        for row in self._rows:  # of a version that skipped none
+            row.setdefault("skipped", "0")
         self._pending: list[tuple[int, dict[str, Array]]] = []
         self._writes = jax.process_index() == 0
         if self._writes:
@@ -230,7 +243,12 @@ class _Log:
             )
 
     @property
-    def hash(self) -> str:
+    def known(self) -> dict[str, Any]:
+        """What is kept with a state: the rows' hash, and how many steps before it were bad."""
+        return {"metrics_sha256": self._hash, "bad_steps": self._bad_steps}
+
+    @property
+    def _hash(self) -> str:
         """SHA-256 of the rows so far."""
         lines = (",".join(map(str, row.values())) for row in self._rows)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -240,16 +258,21 @@ class _Log:
         self._pending.append((step, metrics))
 
     def flush(self, epoch: float, last_checkpoint: int | None) -> None:
-        """Writes the mean of what was added since.
+        """Writes the mean of what was added since, and how many steps of it were skipped.
 
         Raises:
-          ValueError: if one of the steps was not finite.
+          ValueError: if too many steps in a row were not finite.
         """
         values = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
         for step, metrics in values:
-            _check_finite(step, metrics, last_checkpoint)
+            self._bad_steps = self._bad_steps + 1 if metrics["skipped"] else 0
+            if self._bad_steps > self._max_bad_steps:
+                raise _not_finite(step, self._bad_steps, metrics, last_checkpoint)
         step, self._pending = values[-1][0], []
-        means = {name: float(np.mean([m[name] for _, m in values])) for name in values[0][1]}
+        good = [metrics for _, metrics in values if not metrics["skipped"]]
+        mean = lambda name: float(np.mean([m[name] for m in good])) if good else float("nan")
+        means = {name: mean(name) for name in values[0][1]}
+        means["skipped"] = float(len(values) - len(good))
         row = {"step": step, "epoch": round(epoch, 4), **means}
         self._rows.append(row)
         self.text = f"loss {means['loss']:.4f}"
@@ -260,6 +283,12 @@ class _Log:
                 writer.writerows(self._rows)
             for name, value in means.items():
                 self._board.add_scalar(name, value, step)
+
+    def check_end(self, last_checkpoint: int | None) -> None:
+        """Raises UserError if all steps of a run were skipped."""
+        if self._rows and all(math.isnan(float(row["loss"])) for row in self._rows):
+            last = {name: float(value) for name, value in self._rows[-1].items()}
+            raise _not_finite(int(last["step"]), self._bad_steps, last, last_checkpoint)
 
     def __enter__(self) -> _Log:
         return self
@@ -300,16 +329,17 @@ def _damaged(path: Path, why: str) -> UserError:
     )
 
 
-def _check_finite(step: int, metrics: Mapping[str, Any], last_checkpoint: int | None) -> None:
-    """Raises UserError unless the metrics of a step are finite, saying what may be wrong."""
-    if all(np.isfinite(value) for value in metrics.values()):
-        return
-    shown = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+def _not_finite(
+    step: int, number: int, metrics: Mapping[str, Any], last_checkpoint: int | None
+) -> UserError:
+    """The error for steps that were not finite, saying what may be wrong."""
+    shown = ", ".join(f"{name} {value:g}" for name, value in metrics.items() if name != "skipped")
     kept = "none" if last_checkpoint is None else f"that of step {last_checkpoint}"
     remedy = "lower the learning rate, or use float32"
     if np.isfinite(metrics["loss"]):
         remedy = "look for a root, norm or division at 0 in the network, or lower the learning rate"
-    raise UserError(
-        f"Loss or gradient is not finite at step {step} ({shown}). The last good checkpoint is "
-        f"{kept}; {remedy}."
+    row = f", the last of {number} in a row" if number > 1 else ""
+    return UserError(
+        f"Loss or gradient is not finite at step {step}{row} ({shown}). The last good checkpoint "
+        f"is {kept}; {remedy}."
     )

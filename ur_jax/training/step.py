@@ -1,7 +1,8 @@
 """One pure step of training: targets, attack, loss, update. A method fills in what is its own.
 
-A method (`MocoV2`, `MocoV3`, `Fare`) is a frozen dataclass with these pure functions; `variables`
-are {"params", "batch_stats"} in training, `rows` the positions (b,) of a part of the batch:
+A method (`MocoV2`, `MocoV3`, `Fare`, `Lore`, ...) is a frozen dataclass with these pure functions;
+`variables` are {"params", "batch_stats"} in training, `rows` the positions (b,) of a part of the
+batch:
 
   init(variables, key, parts) -> (params, batch_stats, target)
       what is trained, its running statistics, and the method's own state: momentum encoder, queue
@@ -96,7 +97,11 @@ class Samples(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """State after a step, its scalars ("loss", "grad_norm" and the method's own), and samples."""
+    """State after a step, its scalars ("loss", "grad_norm" and the method's own), and samples.
+
+    The scalar "skipped" is 1 for a step whose update or another scalar is not finite: of such a
+    step nothing stays but its number. Otherwise it is 0.
+    """
 
     state: TrainState
     metrics: dict[str, Array]
@@ -128,6 +133,12 @@ class Adversary:
             raise UserError(
                 "Expected random_start=True for an untargeted attack, got False: at the original "
                 "image the gradient of the distance to itself is exactly zero."
+            )
+        if self.config.objective != "l2":
+            raise UserError(
+                f"Expected objective 'l2' inside training, got {self.config.objective!r}: the "
+                "attack there raises the method's loss, or moves representations by their squared "
+                "distance."
             )
 
 
@@ -260,8 +271,18 @@ def train_step(
         opt_state=opt_state,
     )
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
+    after, is_skipped = _unless_bad(after, state, updates, metrics)
+    metrics["skipped"] = is_skipped.astype(jnp.float32)
     samples = jax.tree.map(lambda x: x[:_NUM_SAMPLES], Samples(views.first, attacked))
     return StepResult(after, metrics, samples)
+
+
+def _unless_bad(after: TrainState, before: TrainState, updates, metrics):
+    """The state after a step, or the one before it if the step is not finite; and whether so."""
+    sizes = jnp.stack([*metrics.values(), optax.tree.norm(updates)])
+    is_bad = ~jnp.all(jnp.isfinite(sizes))
+    kept = jax.tree.map(lambda new, old: jnp.where(is_bad, old, new), after, before)
+    return kept.replace(step=after.step), is_bad
 
 
 def check_parts(batch_size: int, group_size: int | None, num_parts: int) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from ur_jax.encoders import loading
-from ur_jax.encoders.base import Encoder
+from ur_jax.encoders.base import DTYPES, Encoder
 from ur_jax.encoders.loading import Loaded
 from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import UserError, unknown_name
@@ -114,7 +114,8 @@ class Start:
             assert self.own is not None
             raise UserError(
                 f"Expected an encoder of this package with method {method}, which trains a network "
-                f"in training mode, got {self.own.name!r}; fare trains any encoder."
+                f"in training mode, got {self.own.name!r}; fare, lore and simclip train "
+                "any encoder."
             )
         return self.loaded
 
@@ -130,6 +131,8 @@ class MethodConfig(abc.ABC):
     """Its name in `METHODS`."""
     needs_init: ClassVar[bool] = False
     """Whether it cannot begin with random weights."""
+    needs_random_start: ClassVar[bool] = False
+    """Whether its loss has no gradient at the clean image itself, where an attack could begin."""
     takes_representation: ClassVar[bool] = False
     """Whether the flag `--representation` says anything: it trains `Start.encoder`."""
 
@@ -151,6 +154,18 @@ class MethodConfig(abc.ABC):
         Raises:
           ValueError: for an encoder that it cannot train, or settings out of range.
         """
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises UserError for a dtype that training does not compute in."""
+    if dtype == "float16":
+        raise UserError(
+            "Expected dtype float32 or bfloat16, got float16: its largest number is 65504 and its "
+            "smallest 6e-8, so that gradients overflow or vanish without loss scaling, which there "
+            "is none of here; bfloat16 has the range of float32 and needs none."
+        )
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
 
 
 METHODS: Registry[type[MethodConfig]] = Registry("training method", "ur_jax.training_methods")

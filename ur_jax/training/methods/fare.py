@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
-from ur_jax.encoders.base import DTYPES, Encoder
-from ur_jax.errors import UserError, unknown_name
-from ur_jax.training.methods.base import MethodConfig, Start, register
+from ur_jax.encoders.base import Encoder
+from ur_jax.errors import UserError
+from ur_jax.training.methods.base import MethodConfig, Start, check_dtype, register
 from ur_jax.training.views import FARE, AugmentConfig
 from ur_jax.types import Key, PyTree
 
@@ -54,8 +54,7 @@ class Fare:
     dtype: str = "float32"
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise unknown_name("dtype", self.dtype, DTYPES)
+        check_dtype(self.dtype)
         if jax.tree.leaves(self.encoder.params):
             raise UserError("Expected an encoder without parameters; use Fare.of(encoder).")
 
@@ -65,7 +64,7 @@ class Fare:
         return 1
 
     @classmethod
-    def of(cls, encoder: Encoder, dtype: str = "float32") -> Fare:
+    def of(cls, encoder: Encoder, dtype: str = "float32") -> Self:
         """The method for an encoder; give `encoder.params` to `init_state` as its variables."""
         return cls(dataclasses.replace(encoder, params=None), dtype)
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ur_jax.checks import check_number, check_whole
-from ur_jax.encoders.base import DTYPES
-from ur_jax.errors import unknown_name
+from ur_jax.training.methods.base import check_dtype
 from ur_jax.types import PyTree
 
 
@@ -33,5 +32,4 @@ def check_settings(method: Any) -> None:
     check_number(method, "temperature", above=0.0)
     if method.group_size is not None:
         check_whole(method, "group_size")
-    if method.dtype not in DTYPES:
-        raise unknown_name("dtype", method.dtype, DTYPES)
+    check_dtype(method.dtype)
