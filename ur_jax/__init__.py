@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ur_jax.attacks import AttackConfig, loss_pgd, u_fgsm, u_pgd
     from ur_jax.calls import compare, evaluate
     from ur_jax.encoders import Encoder, from_fn, from_linen, from_nnx
+    from ur_jax.encoders.bridge import from_torch
     from ur_jax.encoders.loading import load_encoder, save_encoder, weights_hash
     from ur_jax.encoders.zoo import list_encoders
 
@@ -31,6 +32,7 @@ __all__ = [
     "from_fn",
     "from_linen",
     "from_nnx",
+    "from_torch",
     "list_encoders",
     "load_encoder",
     "loss_pgd",
@@ -49,6 +51,7 @@ _PLACES = {
     **dict.fromkeys(("compare", "evaluate"), "calls"),
     **dict.fromkeys(("Encoder", "from_fn", "from_linen", "from_nnx"), "encoders"),
     **dict.fromkeys(("load_encoder", "save_encoder", "weights_hash"), "encoders.loading"),
+    "from_torch": "encoders.bridge",
     "list_encoders": "encoders.zoo",
 }
 

@@ -30,7 +30,7 @@ def test_importing_brings_no_optional_package():
     "package, use",
     [
         ("matplotlib", lambda: canvas.new_figure(1, 1, (1.0, 1.0))),
-        ("jinja2", lambda: page.render(page.Page("", "", "", []))),
+        ("jinja2", lambda: page.render(page.Page("", "", (), []))),
     ],
 )
 def test_a_missing_package_is_asked_for_by_its_extra(package, use, monkeypatch):

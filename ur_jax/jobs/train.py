@@ -171,9 +171,7 @@ class Train(Job):
             )
         if self.init is None and self.start_epoch:
             raise UserError(f"Expected --init with --start-epoch {self.start_epoch:g}, got none.")
-        opened = self
-        if isinstance(self.images, str):
-            opened = dataclasses.replace(self, images=data.open_images(self.images))
+        opened = dataclasses.replace(self, images=data.as_source(self.images))
         assert opened._begun is not None  # raises for what cannot be loaded
         return opened
 

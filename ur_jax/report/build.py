@@ -129,8 +129,13 @@ def make_page(material: Material) -> page.Page:
     heading = "How easily do representations move?"
     summary = (
         f"{_measured(material)} {len(found.summaries)} finished stages, {len(found.numbers)} "
-        "numbers. Attacks are in pixel units of [0,1]; every interval is at 95 %, over images. All "
-        "numbers are in RESULTS.csv."
+        "numbers, all in RESULTS.csv."
+    )
+    question = (
+        "An attack changes each pixel, from 0 to 1, by at most eps, so that the representation of "
+        "an image moves as far as it finds, or towards another image's; that of a robust encoder "
+        "moves little. Intervals are at 95 %, over images. What a measure is, its name tells under "
+        "the pointer, as does “What the measures are”."
     )
     drawn, shown = list(_curves(material)), list(_pictures(material))  # both may find problems
     sections = (
@@ -144,7 +149,7 @@ def make_page(material: Material) -> page.Page:
         Section("origin", "Where the numbers come from", list(_origin(material))),
     )
     title = f"Robustness without labels: {material.workdir.name}"
-    return page.Page(title, heading, summary, sections)
+    return page.Page(title, heading, (summary, question), sections)
 
 
 def _measured(material: Material) -> str:
@@ -204,6 +209,13 @@ def _verdict(
         "soft",
     )
     pairs = list(itertools.combinations(encoders, 2))
+    if apart := [pair for pair in pairs if not compared.of(*pair)]:
+        some = "; ".join(" and ".join(pair) for pair in apart[:_MOST_DOUBTS])
+        some += f"; and {len(apart) - _MOST_DOUBTS} more" * (len(apart) > _MOST_DOUBTS)
+        yield page.Paragraph(
+            f"Not compared, as images or settings differ, or there is nothing yet: {some}.", "bad"
+        )
+        pairs = [pair for pair in pairs if pair not in apart]
     folds = [_pair(compared, *pair, is_open=len(pairs) == 1) for pair in pairs]
     if len(pairs) == 1:
         yield from folds
@@ -228,6 +240,8 @@ def _pair(compared: Comparison, first: str, second: str, *, is_open: bool) -> Bl
         f"{name} is more robust by {count} of {len(found)} measures"
         for name, count in sorted(wins.items(), key=lambda item: -item[1]) if count
     )  # fmt: skip
+    if undecided := len(found) - sum(wins.values()):
+        title += f"; {undecided} decide nothing"
     title = title if any(wins.values()) else f"{first} and {second}: nothing is decided"
     return page.Fold(title, [page.verdict_table(found)], is_open)
 
@@ -268,8 +282,10 @@ def _doubts(found: collect.Results) -> Iterator[Block]:
         return
     asked = [s for s in found.summaries.values() if "doubts" in s.details]
     has_strongest = any("strongest" in s.details for s in asked)
-    if not asked:
+    if not found.summaries:
         yield _NOTHING
+    elif not asked:
+        yield page.Paragraph("Not looked at by the version that made these results.", "soft")
     elif has_strongest:
         yield page.Paragraph(
             "Nothing speaks against it: gradients were there, Square found no more than APGD, the "

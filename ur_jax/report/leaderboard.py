@@ -95,7 +95,7 @@ def make_page(found: Results, left_out: Sequence[str]) -> page.Page:
         Section("origin", "Where the numbers come from", list(_origin(found))),
     )
     summary = f"{len(encoders)} encoders, measured alike: the same images, protocol and settings."
-    return page.Page("Leaderboard", "How easily do representations move?", summary, sections)
+    return page.Page("Leaderboard", "How easily do representations move?", (summary,), sections)
 
 
 def _encoders(found: Results) -> list[str]:

@@ -40,7 +40,7 @@ class Cell:
     """
 
     text: str
-    small: tuple[str, ...] = ()
+    small: Sequence[str] = ()
     sorted_by: str | None = None
     kind: str = ""
     title: str = ""
@@ -156,13 +156,13 @@ class Page:
     Attributes:
       title: of the window.
       heading: at the top, with `summary` below it.
-      summary: a few sentences.
+      summary: a few sentences, in paragraphs.
       sections: in order.
     """
 
     title: str
     heading: str
-    summary: str
+    summary: Sequence[str]
     sections: Sequence[Section]
 
 
@@ -200,9 +200,10 @@ def comparison_table(
     return Table([Cell("measure"), *map(Cell, encoders)], rows)
 
 
-def verdict_table(verdicts: Iterable[Verdict]) -> Table:
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """Two encoders, a row per measure: what is decided, and the difference that was found."""
     rows = []
+    of = [f"{each.first} minus {each.second}" for each in verdicts[:1]]
     for verdict in verdicts:
         value, low, high, n = verdict.result.difference
         ends = f"{_digits(low)} to {_digits(high)}" if math.isfinite(low + high) else ""
@@ -215,7 +216,7 @@ def verdict_table(verdicts: Iterable[Verdict]) -> Table:
             ]
         )
     text = lambda name: Cell(name, kind="text")
-    heads = (Cell("measure"), text("verdict"), Cell("difference"), Cell("p, adjusted"))
+    heads = (Cell("measure"), text("verdict"), Cell("difference", of), Cell("p, adjusted"))
     return Table(heads, rows)
 
 
@@ -242,7 +243,8 @@ def glossary(columns: Iterable[Compared]) -> Table:
     rows: dict[str, list[Cell]] = {}
     for column in columns:
         metric, arrows = METRICS[column.metric], _arrows(column)
-        texts = (metric.definition, arrows.get(column.robust, ""), metric.paper)
+        source = f"paper, {metric.paper}" if metric.paper.startswith("section") else metric.paper
+        texts = (metric.definition, arrows.get(column.robust, ""), source)
         rows[column.column.title] = [
             Cell(column.column.title), *(Cell(text, kind="text") for text in texts)
         ]  # fmt: skip
