@@ -18,7 +18,7 @@ from typing import Annotated
 import tyro
 
 from ur_jax import runs
-from ur_jax.errors import UserError, shown
+from ur_jax.errors import UserError
 from ur_jax.jobs.progress import console
 from ur_jax.report import build, collect, page, paired
 from ur_jax.report.collect import Results
@@ -107,12 +107,8 @@ def _differs(first: Summary, second: Summary) -> str:
     """How two summaries of one stage were not asked the same; "" if they were."""
     if first.schema != second.schema:
         return f"schema {second.schema}, and not {first.schema}"
-    asked = [paired.asked(each) for each in (first, second)]
-    for key in dict.fromkeys((*asked[0], *asked[1])):
-        wanted, got = (each.get(key) for each in asked)
-        if wanted != got:
-            return f"other {key}, {shown(got)} and not {shown(wanted)}"
-    return ""
+    differs = paired.difference(paired.asked(second), paired.asked(first))
+    return "other {}, {} and not {}".format(*differs) if differs else ""
 
 
 def _left_out(lines: Sequence[str]) -> Iterator[Block]:

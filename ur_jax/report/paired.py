@@ -266,18 +266,30 @@ def compare_summaries(first: Summary, second: Summary, names: tuple[str, str]) -
     Raises:
       UserError: if they were not asked for the same, on the same images.
     """
-    both = [asked(each) for each in (first, second)]
-    for key in dict.fromkeys((*both[0], *both[1])):
-        mine, other = (each.get(key) for each in both)
-        if mine != other:
-            raise UserError(
-                f"Expected two runs that differ in nothing but the encoder, got {key} "
-                f"{told(mine)} and {told(other)}."
+    if differs := difference(asked(first), asked(second)):
+        raise UserError(
+            "Expected two runs that differ in nothing but the encoder, got {} {} and {}.".format(
+                *differs
             )
+        )
     places = (names[0], "run"), (names[1], "run")
     found = Results(dict(zip(places, (first, second))), {}, dict.fromkeys(places, Path()))
     shared = [c for by in (False, True) for c in columns(found.numbers, labels=by)]
     return compare(found, shared)
+
+
+def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """(name, one value, the other) of the first setting that differs; as protocol.eps of nested
+    ones."""
+    for key in dict.fromkeys((*first, *second)):
+        mine, other = first.get(key), second.get(key)
+        if mine == other:
+            continue
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            inner = difference(mine, other)
+            return inner and (f"{key}.{inner[0]}", *inner[1:])
+        return key, told(mine), told(other)
+    return None
 
 
 def compare_values(first: Values, second: Values) -> Paired | None:
