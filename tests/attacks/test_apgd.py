@@ -204,11 +204,12 @@ def test_best_so_far_rises_and_the_ball_holds_from_any_start(norm, rule):
     config = attacks.AttackConfig(
         eps=EPS[norm], step_size=EPS[norm] / 3, num_steps=12, norm=norm, rule=rule
     )
-    start = images + 7.0 * jax.random.normal(KEY, images.shape)
-    for begun in (None, start):
+    inside = attacks.random_start(images, KEY, config=config)
+    outside = images + 7.0 * jax.random.normal(KEY, images.shape)
+    for begun in (inside, outside):
         result = attacks.u_pgd(ENCODER, images, KEY, config=config, start=begun)
         moved = np.asarray(result.images)
-        if begun is None or rule == "fixed":  # the start itself may be the best point seen
+        if begun is inside or rule == "fixed":  # the start itself may be the best point seen
             assert moved.min() >= 0 and moved.max() <= 1
             delta = (moved.astype(np.float64) - np.asarray(images, np.float64)).reshape(4, -1)
             size = np.linalg.norm(delta, {"linf": np.inf, "l2": 2, "l1": 1}[norm], axis=1)

@@ -151,9 +151,6 @@ def test_a_port_that_is_taken_is_named():
             roll_call(Launch(f"127.0.0.1:{port}", 2, 0), 1)
 
 
-STAGES = ("--stages", "overlap")
-
-
 def launcher(kind):
     """The command of a launcher, if it is installed, in the system or beside Python."""
     path = os.pathsep.join((os.environ["PATH"], str(pathlib.Path(sys.executable).parent)))
@@ -174,7 +171,7 @@ def table(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launched")
     with tiny_encoder.stands_for_demo():
         processes.prepare(folder)
-    words = processes.evaluate(folder, folder / "one", *STAGES)
+    words = processes.knn(folder, folder / "one")
     code, output = processes.finish(processes.start(*processes.COMMAND, *words))
     assert code == 0, output
     return folder, json.loads((folder / "one" / "summary.json").read_text())["rows"]
@@ -183,7 +180,7 @@ def table(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["(Open MPI) 4", "(Open MPI) 5", "HYDRA", "flags"])
 def test_two_processes_of_a_real_launcher_make_the_table_of_one(kind, table):
     folder, rows = table
-    words = (*processes.COMMAND, *processes.evaluate(folder, folder / kind, *STAGES))
+    words = (*processes.COMMAND, *processes.knn(folder, folder / kind))
     if kind == "flags":
         meet = ("--coordinator", f"localhost:{processes.free_port()}", "--num-processes", "2")
         started = [processes.start(*words, *meet, "--process-id", str(i)) for i in range(2)]
