@@ -63,7 +63,7 @@ with tiny_encoder.stands_for_demo():
         train_images=f"folder:{folder}/images",
         protocol=EvaluationConfig(
             num_images=20, eps=(0.05,), read_at=(1, 2), overlap_steps=1, breakaway_steps=2,
-            num_distribution=None, batch_size=4, strong_steps=2, strong_restarts=1,
+            num_distribution=None, batch_size=4, strong_eps=(),
         ),
         certificates=dataclasses.replace(
             matrix.CertificateSettings(),
