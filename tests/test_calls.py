@@ -15,7 +15,7 @@ from PIL import Image
 import ur_jax
 from ur_jax import data
 from ur_jax.errors import UserError
-from ur_jax.jobs import EvaluationConfig, LabelFree, label_free_sizes
+from ur_jax.jobs import EvaluationConfig, LabelFree, label_free_sizes, minutes
 from ur_jax.jobs.minutes import Speed
 from ur_jax.jobs.progress import quiet
 
@@ -159,11 +159,23 @@ def test_results_are_drawn(found, monkeypatch):
         found[0].plot()
 
 
-def test_certify_is_a_room_and_a_call(pixels):
+def test_certify_is_a_room_and_a_call(pixels, tmp_path, monkeypatch):
     encoder = make(0)
     settings = {"num_images": 2, "n0": 300, "n": 512, "alpha1": 0.05, "alpha2": 0.05, "delta": 0.15}
     summary = ur_jax.certify(encoder, pixels, **settings)  # pyright: ignore
     assert summary.job == "certify" and summary.rows[0].n == 2
+    # 12 clean images and 7 with 2 * 300 + 512 samples each take 50 of a minute's 51 seconds.
+    monkeypatch.setattr(minutes, "speed", lambda *_: Speed(0.0, 50 / (12 + 7 * 1112)))
+    settings = settings | {"minutes": 1, "out": tmp_path / "run"}
+    with pytest.raises(UserError, match="got both: 1 and 2"):
+        ur_jax.certify(encoder, pixels, **settings)  # pyright: ignore
+    settings.pop("num_images")
+    first = ur_jax.certify(encoder, pixels, **settings)  # pyright: ignore
+    assert first.rows[0].n == first.identity["num_images"] == 7
+    monkeypatch.setattr(minutes, "speed", lambda *_: Speed(0.0, 1.0))
+    assert ur_jax.certify(encoder, pixels, **settings).rows == first.rows  # pyright: ignore
+    with pytest.raises(UserError, match="minutes >= 131"):  # 6684 s, of .85 minutes each
+        ur_jax.certify(encoder, pixels, **(settings | {"out": None}))  # pyright: ignore
     with pytest.raises(UserError, match="sigam.*sigma"):
         ur_jax.certify(encoder, pixels, sigam=0.5)  # pyright: ignore
     with pytest.raises(UserError, match="preset"):

@@ -18,6 +18,7 @@ from ur_jax.errors import UserError, unknown_name
 from ur_jax.jobs.base import JOBS, EncoderLike, ImagesLike, Job, ProbeLike
 from ur_jax.jobs.certify import Certify
 from ur_jax.jobs.label_free import LabelFree
+from ur_jax.jobs.minutes import check_alone
 from ur_jax.runs import Summary
 
 if TYPE_CHECKING:
@@ -60,9 +61,7 @@ def evaluate(
     job = _preset(LabelFree, preset)
     own, config = _divided(LabelFree, job.protocol, settings)
     if minutes is not None and "num_images" in config:
-        raise UserError(
-            f"Expected minutes or num_images, got both: {minutes} and {config['num_images']}."
-        )
+        check_alone(minutes, config["num_images"], ())
     job = dataclasses.replace(job, encoder=encoder, images=source, minutes=minutes, **own)
     protocol = dataclasses.replace(job.protocol, **config)
     few = {
@@ -81,6 +80,7 @@ def certify(
     method: str = "center",
     probe: ProbeLike | None = None,
     preset: str = "quick",
+    minutes: float | None = None,
     out: str | os.PathLike | None = None,
     **settings: Any,
 ) -> Summary:
@@ -92,6 +92,7 @@ def certify(
       method: a name of `certify.CERTIFICATES`.
       probe: of a certificate of a classifier: a `Classifier`, the folder of one, or "nearest".
       preset: "adaptive", "quick" or "paper".
+      minutes: time to take: as many images are certified as fit; None for the preset's number.
       out: as of `evaluate`.
       **settings: fields of `jobs.Certify` or of the certificate's settings, to change the preset's:
         num_images=8, sigma=0.5.
@@ -107,12 +108,14 @@ def certify(
     source = data.as_source(images)
     job, config = _preset(Certify, preset), CERTIFICATES[method].preset(preset)
     own, changed = _divided(Certify, config, settings)
-    few = {"num_images": min(job.num_images, len(source))}
+    few = {"num_images": job.num_images if minutes else min(job.num_images, len(source))}
+    if minutes is not None and "num_images" in own:
+        check_alone(minutes, own["num_images"], ())
     few["num_distribution"] = min(job.num_distribution, len(source))
     config = dataclasses.replace(config, **changed)
     changes: dict[str, Any] = few | own
     return Certify(
-        encoder=encoder, images=source, probe=probe, config=config, **changes
+        encoder=encoder, images=source, probe=probe, config=config, minutes=minutes, **changes
     ).run(out)  # fmt: skip
 
 

@@ -44,9 +44,10 @@ from ur_jax.devices.memory import fit_batch_size
 from ur_jax.encoders import checkpoints, factories
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import NotFoundError, UserError
-from ur_jax.jobs import certify_attacked, parts
+from ur_jax.jobs import certify_attacked, certify_minutes, parts
 from ur_jax.jobs.base import Job, ProbeLike, Session, register
 from ur_jax.jobs.certify_parts import Images, Labels, Meter, finished, keep
+from ur_jax.jobs.minutes import check_alone, check_minutes
 from ur_jax.jobs.progress import counted
 from ur_jax.probes.checkpoint import identified, load_probe
 from ur_jax.probes.classifier import Classifier, nearest_image_classifier
@@ -70,6 +71,8 @@ class Certify(Job):
     """Which certificate, by its name in `certify.CERTIFICATES`; that of `config`, or center."""
     num_images: int = 200
     """Evenly spaced subset of the images."""
+    minutes: float | None = None
+    """Instead of num_images: speed is measured, and as many images are certified as fit."""
     seed: int = 0
     """Of the noise and of the distance distribution."""
     probe: ProbeLike | None = None
@@ -96,6 +99,20 @@ class Certify(Job):
         """With a group of flags for the settings of each certificate."""
         return _command(tuple(CERTIFICATES.items()))
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.minutes is not None:
+            check_minutes(self.minutes)
+
+    def settled(self, begun: Mapping[str, Any], mesh: Mesh) -> Self:
+        """With as many images as fit into `minutes`, or as the run began with."""
+        if self.minutes is None:
+            return self
+        check_alone(self.minutes, self.num_images, {each["num_images"] for each in _SIZES.values()})
+        is_begun = begun.get("minutes") == self.minutes
+        num_images = begun["num_images"] if is_begun else certify_minutes.fitting(self, mesh)
+        return dataclasses.replace(self, num_images=num_images)
+
     @property
     def certificate(self) -> str:
         """Name of the certificate."""
@@ -121,6 +138,8 @@ class Certify(Job):
             found["num_distribution"] = self.num_distribution
         if self.attacked:
             found["attacked"] = self.attacked
+        if self.minutes is not None:
+            found["minutes"] = float(self.minutes)
         if self._takes_probe:
             found["probe"] = _NEAREST if self._probe == _NEAREST else "trained"
             found |= {"class_map": list(self.class_map)} if self.class_map else {}
@@ -421,14 +440,14 @@ def _command(kinds: tuple[tuple[str, CertificateKind], ...]) -> type[Certify]:
     )  # fmt: skip
     job.presets = {
         preset: job(**sizes, **{_field(name): kind.preset(preset) for name, kind in kinds})
-        for preset, sizes in _PRESETS.items()
+        for preset, sizes in _SIZES.items()
     }
     return job
 
 
-_PRESETS: dict[str, dict[str, int]] = {
-    "adaptive": {},
+_SIZES: dict[str, dict[str, int]] = {
+    "adaptive": {"num_images": 200},
     "quick": {"num_images": 16, "num_distribution": 512},
-    "paper": {},
+    "paper": {"num_images": 200},
 }
 Certify.presets = Certify.command().presets

@@ -43,7 +43,7 @@ from ur_jax.jobs import label_free_values as per_image
 from ur_jax.jobs.base import Curve, Job, Session, register
 from ur_jax.jobs.label_free_config import PAPER, PRESETS, STAGES, EvaluationConfig
 from ur_jax.jobs.label_free_tables import DIVERGENCES
-from ur_jax.jobs.minutes import check_minutes
+from ur_jax.jobs.minutes import check_alone, check_minutes
 from ur_jax.runs.summary import Summary
 from ur_jax.types import Array, Values
 
@@ -118,11 +118,8 @@ class LabelFree(Job):
 
     def _fitting(self, begun: Mapping[str, Any], mesh: Mesh) -> EvaluationConfig:
         """The protocol with as many images as fit into the minutes."""
-        if self.protocol.num_images not in _UNASKED:
-            raise UserError(
-                f"Expected minutes or num_images, got both: {self.minutes:g} and "
-                f"{self.protocol.num_images}."
-            )
+        assert self.minutes is not None
+        check_alone(self.minutes, self.protocol.num_images, _UNASKED)
         if begun.get("minutes") == self.minutes:
             return sizes.begun_with(self.protocol, begun)
         return sizes.fitting(self, mesh)

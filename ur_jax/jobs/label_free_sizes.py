@@ -91,7 +91,8 @@ def fitting(job: LabelFree, mesh: Mesh) -> EvaluationConfig:
     fewest = min(minutes.FEWEST, len(job.source()))
     if sizes.num_images < fewest:
         least = sizes._replace(num_images=-(-fewest // sizes.batch_size) * sizes.batch_size)
-        raise minutes.too_few(budget, _samples(job, least), fewest)
+        cheaper = "--preset fast, fewer --stages or --eps"
+        raise minutes.too_few(budget, _samples(job, least), fewest, cheaper)
     what = f"{sizes.num_images:,} attacked and {sizes.num_clean:,} clean images"
     minutes.tell(budget, _samples(job, sizes), what)
     found = sizes._asdict()
@@ -126,7 +127,8 @@ def _speed(job: LabelFree, mesh: Mesh, size: int) -> minutes.Speed:
     bank = jnp.ones((8, encoder.dimension)) if protocol.needs_bank else None
     attack, key = protocol.attack(max(protocol.eps), _STEPS), jax.random.key(0)
     run = lambda: u_pgd(encoder, images, key, config=attack, bank=bank).objective
-    return minutes.speed(run, size * protocol.num_restarts * _STEPS * job.step_cost)
+    cost = protocol.num_restarts * (_STEPS * job.step_cost + 2)  # the original, and the end
+    return minutes.speed(run, size * cost)
 
 
 def _largest(job: LabelFree, budget: minutes.Budget, size: int) -> _Sizes:

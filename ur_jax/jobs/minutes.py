@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -88,13 +88,19 @@ def speed(run: Callable[[], Any], samples: int) -> Speed:
     return Speed(max(first - warm, 0.0), warm / samples)
 
 
-def too_few(budget: Budget, samples: float, num_images: int) -> UserError:
-    """What to say where not even the fewest images fit."""
+def check_alone(minutes: float, num_images: int, unasked: Collection[int]) -> None:
+    """Raises UserError for minutes beside a number of images that is not a preset's."""
+    if num_images not in unasked:
+        raise UserError(f"Expected minutes or num_images, got both: {minutes:g} and {num_images}.")
+
+
+def too_few(budget: Budget, samples: float, num_images: int, cheaper: str) -> UserError:
+    """What to say where not even the fewest images fit, and what would be cheaper."""
     needed = math.ceil(10 * budget.needed(samples)) / 10
     return UserError(
         f"Expected minutes >= {needed:g} on this machine, got {budget.minutes:g}: {num_images} "
-        "images, the fewest whose median has an interval, take so long. Cheaper are --preset fast "
-        "and fewer --stages or --eps."
+        "images, the fewest whose median has an interval, take so long. Cheaper: "
+        f"{cheaper}."
     )
 
 
