@@ -5,6 +5,7 @@
     ur-jax convert-weights --encoder hf:facebook/dinov2-small --out DIRECTORY
     ur-jax convert-weights --encoder timm:resnet50@weights.safetensors --out DIRECTORY
     ur-jax convert-weights --encoder torch:file.py:make --input-size 224 --out DIRECTORY
+    ur-jax convert-weights --encoder hf:facebook/dinov2-small --trainable --out DIRECTORY
 
 Every tensor of the file is either used or known by name to be unused; otherwise nothing is written
 and one error lists what is missing, unexpected or of another shape. The six adversarially
@@ -57,6 +58,9 @@ class Config:
     """Pixels of a network of PyTorch, 224 or 224x336, where not its own."""
     trust_remote_code: tyro.conf.FlagCreatePairsOff[bool] = False
     """Run code that a model of the hub brings along."""
+    trainable: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Keep the tensors of a network of PyTorch as they are, for training to go on from and
+    export-weights to write back; slower, as BatchNorm is not folded."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace a checkpoint that is at --out already."""
     list: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -75,6 +79,8 @@ class Config:
             raise UserError(f"Expected no --{given[0].replace('_', '-')} with {what}.")
         if is_network:
             return
+        if self.trainable:
+            raise UserError("Expected no --trainable with a published file, which always is.")
         valid = [name for name, spec in ENCODERS.items() if spec.rules]
         if self.encoder not in valid:
             raise unknown_name("encoder", f"{self.encoder}", valid)
@@ -130,7 +136,7 @@ def _convert_network(config: Config) -> None:
     if config.trust_remote_code:
         text += ",trust_remote_code=True"
     checkpoints.check_new(config.out, overwrite=config.overwrite)
-    encoder = places.load(text, config.output or "paper")
+    encoder = places.load(text, config.output or "paper", fold=not config.trainable)
     save_encoder(config.out, encoder, overwrite=config.overwrite)
     lines = [f"Wrote {config.out}: {encoder!r}"]
     arguments = encoder.origin.arguments

@@ -61,7 +61,8 @@ def load_encoder(
       representation: "paper" (what the paper evaluates), "features" (what its linear probe
         reads), "backbone", "projection" (the whole published head) or another output.
       dtype: compute dtype, "float32" or "bfloat16".
-      fold: fold BatchNorm into the convolutions, which is faster and equal but for rounding.
+      fold: fold BatchNorm into the convolutions, which is faster and equal but for rounding; of a
+        network of PyTorch see `from_torch`.
       prefix: for a file whose keys start otherwise than the published ones, e.g. "backbone.".
       group: the entry of a file that holds the weights, where it has several.
       factory: for a checkpoint of an own encoder, the function that makes it, where it is no longer
@@ -80,7 +81,7 @@ def load_encoder(
     if places.is_place(location):
         if name is not None:
             raise UserError(f"Expected no name with the network {location}, got {name!r}.")
-        return places.load(location, representation, dtype)
+        return places.load(location, representation, dtype, fold=fold)
     if factories.is_place(location) and not os.path.exists(location):
         if name is not None:
             raise UserError(f"Expected no name with the function {location}, got {name!r}.")

@@ -174,6 +174,47 @@ def _map_tensors(tensors, spec: EncoderSpec, contents, prefix, file, shapes_fn) 
     return Published(traverse_util.unflatten_dict(arrays, sep="/"), config, left_out, {})
 
 
+def unmapped(
+    variables: PyTree, spec: EncoderSpec, like: Mapping[str, np.ndarray], file: str = "The file"
+) -> dict[str, np.ndarray]:
+    """The inverse of `map_tensors`: variables in the published layout.
+
+    Args:
+      variables: {"params"[, "batch_stats"]} of the encoder's network.
+      spec: the encoder.
+      like: {key: array} in that layout; what is no variable of the network is taken from it.
+      file: what errors call it.
+
+    Raises:
+      UserError: for a file that has no place for one of the variables, or one of another shape.
+    """
+    flat: dict[str, Any] = traverse_util.flatten_dict(variables, sep="/")
+    found, missing = dict(like), set(flat)
+    for key, array in like.items():
+        for rule, path in _matches(key, spec):
+            if path not in flat:
+                continue
+            if problem := _misshaped(array, rule.layout, flat[path].shape):
+                raise UserError(f"{file} is not the layout of {spec.name!r}: {key} {problem}.")
+            # Every layout moves numbers about: where to, it says of their positions.
+            order = np.arange(array.size, dtype=np.float64).reshape(array.shape)
+            moved = (
+                order.transpose(_AXES[rule.layout] or range(order.ndim))
+                if isinstance(rule.layout, str)
+                else rule.layout(order)
+            )
+            back = np.empty(array.size, np.float32)
+            back[np.asarray(moved, np.int64).ravel()] = np.asarray(flat[path], np.float32).ravel()
+            found[key] = back.reshape(array.shape)
+            missing.discard(path)
+    if missing:
+        raise UserError(
+            f"{file} has no tensor for {len(missing)} of the variables of {spec.name!r}, such as "
+            f"{sorted(missing)[0]}; give the file that the encoder is from."
+        )
+    return found
+
+
 def variable_shapes(
     spec: EncoderSpec, config: Mapping[str, Any], *, folded: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:

@@ -25,7 +25,8 @@ from ur_jax.attacks import AttackConfig
 from ur_jax.errors import NotFoundError
 from ur_jax.jobs import benchmark
 from ur_jax.jobs.progress import console
-from ur_jax.jobs.train import PRESETS, Train
+from ur_jax.jobs.recipes import recipe
+from ur_jax.jobs.train import Train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +74,14 @@ def place(config: Config, name: str) -> Path:
 
 
 def training(config: Config, name: str) -> Train:
-    """The fine-tuning of one encoder: FARE, or MoCo v2 under an attack."""
-    is_fare = name == "fare"
-    recipe = PRESETS["fare"] if is_fare else Train(attack=name)  # pyright: ignore
+    """The fine-tuning of one encoder: a method of its own, or MoCo v2 under an attack."""
     return dataclasses.replace(
-        recipe,
+        recipe(name),
         images=f"folder:{config.data / 'train'}",
-        init="demo",
         num_images=config.num_train,
         num_epochs=config.num_epochs,
         batch_size=config.batch_size,
         adversary=config.adversary,
-        warmup_epochs=0.1,
-        learning_rate=1e-3 if is_fare else 0.03,
     )
 
 

@@ -7,6 +7,6 @@ by the rows of `ops`, and `checkpoint` keeps it. Only `export` needs PyTorch.
 """
 
 from ur_jax.encoders.bridge.function import GraphFn
-from ur_jax.encoders.bridge.module import from_torch
+from ur_jax.encoders.bridge.module import from_torch, state_dict
 
-__all__ = ["GraphFn", "from_torch"]
+__all__ = ["GraphFn", "from_torch", "state_dict"]

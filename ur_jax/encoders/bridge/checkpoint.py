@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ur_jax.encoders import checkpoints
 from ur_jax.encoders.base import Encoder, Origin, from_fn
-from ur_jax.encoders.bridge.function import GraphFn, evaluate
+from ur_jax.encoders.bridge.function import GraphFn, collected, evaluate, flat
 from ur_jax.encoders.bridge.graph import dumps, loads
 from ur_jax.errors import UserError, shown
 
@@ -37,7 +37,8 @@ def save(
 ) -> None:
     """Writes a bridged encoder as a checkpoint directory, see `loading.save_encoder`."""
     assert isinstance(encoder.apply_fn, GraphFn)
-    names = sorted(encoder.params)
+    tensors = flat(encoder.params)
+    names = sorted(tensors)
     bridge = {
         "graph": json.loads(encoder.apply_fn.text),
         "leaves": names,
@@ -47,7 +48,7 @@ def save(
     }
     checkpoints.save_encoder(
         path,
-        {f"leaf{number:05d}": encoder.params[name] for number, name in enumerate(names)},
+        {f"leaf{number:05d}": tensors[name] for number, name in enumerate(names)},
         {**metadata, "encoder": encoder.name, "config": {}, "bridge": bridge},
         overwrite=overwrite,
     )
@@ -72,7 +73,7 @@ def restore(path: str, representation: str, dtype: str) -> Encoder:
     params = {name: jnp.asarray(leaves[name], kind) for name, (kind, _) in tensors.items()}
     text = dumps(graph, _shapes(tensors))
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in bridge.items() if k in _KEPT}
-    encoder = from_fn(GraphFn(text), params, **{**settings, "dtype": dtype})
+    encoder = from_fn(GraphFn(text), collected(graph, params), **{**settings, "dtype": dtype})
     return encoder.replace(origin=Origin(bridge.get("source"), bridge.get("arguments") or {}))
 
 

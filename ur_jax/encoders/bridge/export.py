@@ -50,20 +50,21 @@ class Exported(NamedTuple):
     tensors: Tensors
 
 
-def export(module: Any, input_size: tuple[int, int], name: str) -> Exported:
+def export(module: Any, input_size: tuple[int, int], name: str, *, fold: bool = True) -> Exported:
     """Exports a module that maps (B,3,H,W) to (B,D), in inference mode.
 
     Args:
       module: a `torch.nn.Module` whose parameters need no gradient.
       input_size: (H, W).
       name: of the encoder, for errors.
+      fold: compute what depends on parameters alone, too; without, the graph does it.
 
     Raises:
       UserError: for operations that are no rows of the table, all in one error with their places;
         for control flow or shapes that depend on data; for a module that cannot be exported.
     """
     program, per_image = _program(module, input_size, name)
-    nodes, tensors = _Converter(program, name).convert()
+    nodes, tensors = _Converter(program, name, fold).convert()
     output = nodes.pop().args["output"].name
     graph = Graph(tuple(nodes), output, per_image)
     return Exported(graph, tensors)
@@ -173,12 +174,14 @@ def _own_line(error: Exception) -> str:
 class _Converter:
     """The nodes and tensors of an exported program, as plain data."""
 
-    def __init__(self, program: Any, name: str):
+    def __init__(self, program: Any, name: str, fold: bool):
         import torch
 
         self._torch, self._program, self._name = torch, program, name
         self._constants: dict[str, Any] = {}  # {fx name: tensor or value that depends on no image}
         self._parameters: dict[str, str] = {}  # {fx name: name of the tensor}
+        self._fold = fold
+        self._trained: set[str] = set()  # fx names that are parameters
         self._refs: dict[str, Any] = {}
         self._tensors: Tensors = {}
         self._by_storage: dict[Any, str] = {}
@@ -228,6 +231,8 @@ class _Converter:
             tensor = have[spec.target]
             self._constants[spec.arg.name] = tensor
             self._parameters[spec.arg.name] = spec.target.removeprefix("module.")
+            if spec.kind.name == "PARAMETER" and not self._fold:
+                self._trained.add(spec.arg.name)
 
     def _call(self, node: Any) -> None:
         """One call: computed if it depends on no image, otherwise a node."""
@@ -235,7 +240,8 @@ class _Converter:
         if any(op.startswith(f"aten.{dropped}") for dropped in _DROPPED):
             return
         inputs = node.all_input_nodes
-        if all(n.name in self._constants for n in inputs) and self._is_computable(node):
+        is_free = all(n.name in self._constants and n.name not in self._trained for n in inputs)
+        if is_free and self._is_computable(node):
             try:
                 self._constants[node.name] = self._computed(node)
                 return
@@ -334,23 +340,9 @@ class _Converter:
         key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
         if key not in self._by_storage or value.numel() == 0:
             self._by_storage[key] = wanted
-            self._tensors[wanted] = self._array(value, is_parameter)
+            self._tensors[wanted] = as_array(value, is_parameter)
         self._refs[name] = Ref(self._by_storage[key])
         return self._refs[name]
-
-    def _array(self, tensor: Any, is_parameter: bool) -> np.ndarray:
-        """A tensor as a NumPy array without 64-bit numbers."""
-        tensor = tensor.detach().cpu()
-        if tensor.is_floating_point():
-            array = np.array(tensor.to(self._torch.float32).numpy())
-            if not is_parameter:  # masks: a number that bfloat16 has, too
-                array = np.clip(array, -1e38, 1e38)
-            return array
-        if tensor.dtype == self._torch.bool:
-            return np.array(tensor.numpy())
-        if tensor.dtype == self._torch.uint8:
-            return np.array(tensor.numpy())
-        return np.clip(tensor.numpy(), -(2**31), 2**31 - 1).astype(np.int32)
 
     def _output(self, node: Any) -> None:
         """The one output; a module may give constants or several, which `source` has looked at."""
@@ -367,6 +359,21 @@ class _Converter:
         if not isinstance(value, self._torch.Tensor):
             return None
         return tuple(n if isinstance(n, int) else None for n in value.shape)
+
+
+def as_array(tensor: Any, is_parameter: bool) -> np.ndarray:
+    """A tensor as a NumPy array without 64-bit numbers."""
+    import torch
+
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        array = np.array(tensor.to(torch.float32).numpy())
+        if not is_parameter:  # masks: a number that bfloat16 has, too
+            array = np.clip(array, -1e38, 1e38)
+        return array
+    if tensor.dtype in (torch.bool, torch.uint8):
+        return np.array(tensor.numpy())
+    return np.clip(tensor.numpy(), -(2**31), 2**31 - 1).astype(np.int32)
 
 
 def _is_same(value: Any, default: Any) -> bool:

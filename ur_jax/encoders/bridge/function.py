@@ -29,11 +29,30 @@ class GraphFn:
 
     def __call__(self, params: PyTree, images: Array) -> Array:
         graph, _ = loads(self.text)
-        return evaluate(graph, params, images)
+        narrow = lambda x: x.astype(images.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return evaluate(graph, jax.tree.map(narrow, flat(params)), images)
 
     def __repr__(self) -> str:
         graph, tensors = loads(self.text)
         return f"GraphFn({len(graph.nodes)} operations, {len(tensors)} tensors)"
+
+
+def flat(params: PyTree) -> Mapping[str, Any]:
+    """The tensors of a graph by name: of an encoder to be trained from its two collections."""
+    if set(params) == {"params", "buffers"} and isinstance(params["params"], Mapping):
+        return {**params["params"], **params["buffers"]}
+    return params
+
+
+def collected(graph: Graph, tensors: Mapping[str, Any]) -> PyTree:
+    """The inverse of `flat`: of a graph that knows its parameters {"params", "buffers"}."""
+    if not graph.keys:
+        return tensors
+    is_trained = lambda name: name in graph.trained
+    return {
+        "params": {name: x for name, x in tensors.items() if is_trained(name)},
+        "buffers": {name: x for name, x in tensors.items() if not is_trained(name)},
+    }
 
 
 def evaluate(

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +27,9 @@ VERSION = 1
 MAX_NODES = 200_000
 DTYPES = ("float32", "int32", "bool", "uint8")
 """Of the tensors; the floating-point ones are cast to the encoder's dtype."""
+
+STATE_DTYPES = ("float32", "bool", "uint8", "int8", "int16", "int32", "int64")
+"""Of what is written back as a state dict."""
 
 Tensors = dict[str, np.ndarray]
 """The parameters and constants of a network by name; several nodes may refer to one."""
@@ -63,6 +66,22 @@ class Node:
         return _refs(self.args)
 
 
+class Key(NamedTuple):
+    """A key of the state dict that a module had.
+
+    Attributes:
+      key: the key.
+      tensor: name of the graph's tensor that it is; keys of one tensor in the module share it.
+      dtype: "int64" and the like; of floating point always "float32".
+      is_trained: whether it is a parameter, not a buffer.
+    """
+
+    key: str
+    tensor: str
+    dtype: str
+    is_trained: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Graph:
     """A function of tensors and images.
@@ -73,12 +92,19 @@ class Graph:
       per_image: the function is of one image, (1,3,H,W), and is mapped over the batch: for modules
         that cannot be exported with a free batch size.
       input: name of the images (B,3,H,W).
+      keys: of the module's state dict, for a graph whose tensors are the module's own.
     """
 
     nodes: tuple[Node, ...]
     output: str
     per_image: bool = False
     input: str = "%"
+    keys: tuple[Key, ...] = ()
+
+    @functools.cached_property
+    def trained(self) -> frozenset[str]:
+        """Names of the tensors that are parameters."""
+        return frozenset(key.tensor for key in self.keys if key.is_trained)
 
     def replace(self, **changes: Any) -> Graph:
         """The graph with other values of some attributes."""
@@ -117,6 +143,8 @@ def dumps(graph: Graph, tensors: Mapping[str, Any]) -> str:
         "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()},
         "nodes": [[node.name, node.op, _encoded(node.args)] for node in graph.nodes],
     }
+    if graph.keys:
+        data["keys"] = [list(key) for key in graph.keys]
     return json.dumps(data, separators=(",", ":"), sort_keys=True, allow_nan=False)
 
 
@@ -175,7 +203,8 @@ def loads(text: str) -> tuple[Graph, Mapping[str, tuple[str, tuple[int, ...]]]]:
     try:
         tensors = {name: (dtype, tuple(shape)) for name, (dtype, shape) in data["tensors"].items()}
         rows = [(name, op, args) for name, op, args in data["nodes"]]
-        graph = Graph((), data["output"], data["per_image"], data["input"])
+        keys = tuple(Key(*entry) for entry in data.get("keys", ()))
+        graph = Graph((), data["output"], data["per_image"], data["input"], keys)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise _bad("it lacks a field") from None
     if not all(isinstance(name, str) for name in (graph.output, graph.input)):
@@ -183,6 +212,10 @@ def loads(text: str) -> tuple[Graph, Mapping[str, tuple[str, tuple[int, ...]]]]:
     for name, (dtype, shape) in tensors.items():
         if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in shape):
             raise _bad(f"the tensor {shown(name)} is {shown(dtype)} {shown(shape)}")
+    for key in graph.keys:
+        is_text = all(isinstance(x, str) for x in key[:3]) and isinstance(key.is_trained, bool)
+        if not is_text or key.tensor not in tensors or key.dtype not in STATE_DTYPES:
+            raise _bad(f"the key {shown(key.key)} of its state dict is of no tensor")
     if len(rows) > MAX_NODES:
         raise _bad(f"it has {len(rows)} nodes, more than {MAX_NODES}")
     known, nodes = {graph.input, *tensors}, []

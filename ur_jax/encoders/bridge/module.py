@@ -15,9 +15,9 @@ import numpy as np
 
 from ur_jax.encoders.base import Encoder, from_fn
 from ur_jax.encoders.bridge import passes
-from ur_jax.encoders.bridge.export import export
-from ur_jax.encoders.bridge.function import GraphFn
-from ur_jax.encoders.bridge.graph import dumps
+from ur_jax.encoders.bridge.export import as_array, export
+from ur_jax.encoders.bridge.function import GraphFn, collected, flat
+from ur_jax.encoders.bridge.graph import STATE_DTYPES, Graph, Key, Tensors, dumps, loads
 from ur_jax.errors import UserError, require, unknown_name
 
 POOLINGS = ("cls", "mean", "flat", "normalized")
@@ -35,6 +35,7 @@ def from_torch(
     name: str | None = None,
     dtype: str = "float32",
     check: bool = True,
+    fold: bool = True,
 ) -> Encoder:
     """Makes an encoder of any PyTorch module, in inference mode, as a pure function of JAX.
 
@@ -57,6 +58,9 @@ def from_torch(
       dtype: compute dtype: products in bfloat16 leave normalisations, softmax and what the module
         itself casts to float32 in float32.
       check: compare it with PyTorch on three images of noise.
+      fold: make it fast: BatchNorm becomes part of the convolution before it, and what depends on
+        parameters alone is computed once. Without, for training: `params` are {"params",
+        "buffers"}, the module's own tensors, which `state_dict` gives back under its own keys.
 
     Returns:
       The encoder; its parameters have PyTorch's names, and tensors that the module shares are one.
@@ -76,8 +80,12 @@ def from_torch(
     size = (int(input_size[0]), int(input_size[1]))
     with inference_mode(module, name) as module:
         picked = _picked(torch, module, size, output, name)
-        exported = export(picked, size, name)
-        graph, tensors = passes.optimised(exported.graph, exported.tensors)
+        exported = export(picked, size, name, fold=fold)
+        if fold:
+            graph, tensors = passes.optimised(exported.graph, exported.tensors)
+        else:
+            graph, tensors = passes.trainable(exported.graph, exported.tensors)
+            graph, tensors = _with_state(module, graph, tensors)
         settings: dict[str, Any] = {
             "input_size": size,
             "name": name,
@@ -86,12 +94,56 @@ def from_torch(
             "std": std,
             "representation": picked.label,
         }
-        params = {key: jnp.asarray(value) for key, value in tensors.items()}
+        arrays = {key: jnp.asarray(value) for key, value in tensors.items()}
+        params = collected(graph, arrays)
         function = GraphFn(dumps(graph, tensors))
         encoder = from_fn(function, params, **settings)
         if check:
             _check_same(torch, picked, encoder)
     return encoder if dtype == "float32" else from_fn(function, params, dtype=dtype, **settings)
+
+
+def state_dict(encoder: Encoder) -> dict[str, np.ndarray]:
+    """The state dict of a bridged encoder's module, with the encoder's tensors in it.
+
+    Args:
+      encoder: one that was made with `fold=False`, such as one that was trained.
+
+    Returns:
+      {key of the module's state dict: array}, all of them; floating point is float32.
+
+    Raises:
+      UserError: for an encoder whose tensors are no longer the module's.
+    """
+    graph = loads(encoder.apply_fn.text)[0] if isinstance(encoder.apply_fn, GraphFn) else None
+    if graph is None or not graph.keys:
+        raise UserError(
+            f"The tensors of encoder {encoder.name!r} are not those of a PyTorch module: BatchNorm "
+            "is folded, or constants are computed. Train from the module itself (--init "
+            "torch:file.py:make, timm:NAME or hf:DIRECTORY), or convert it with --trainable."
+        )
+    tensors = flat(encoder.params)
+    return {key.key: np.asarray(tensors[key.tensor]).astype(key.dtype) for key in graph.keys}
+
+
+def _with_state(module: Any, graph: Graph, tensors: Tensors) -> tuple[Graph, Tensors]:
+    """A graph with the keys of the module's state dict, whose unused tensors are kept too."""
+    tensors, keys = dict(tensors), []
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    trained = {key for key, value in parameters.items() if value.requires_grad} or set(parameters)
+    place = lambda t: (t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
+    state = {key: value for key, value in module.state_dict().items() if hasattr(value, "data_ptr")}
+    used = {place(value): key for key, value in state.items() if key in tensors}
+    for key, value in state.items():
+        name = key if key in tensors or not value.numel() else used.get(place(value), key)
+        if name not in tensors:
+            tensors[name] = as_array(value, is_parameter=True)
+            used[place(value)] = name
+        dtype = "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+        if dtype not in STATE_DTYPES:
+            raise UserError(f"The tensor {key} of the module is {dtype}, which cannot be kept.")
+        keys.append(Key(key, name, dtype, key in trained))
+    return graph.replace(keys=tuple(keys)), tensors
 
 
 def _acts_in_training(layer: Any) -> bool:

@@ -38,7 +38,9 @@ def is_place(text: str) -> bool:
     return scheme in SCHEMES and bool(colon and rest) and not rest.startswith("//")
 
 
-def load(text: str, representation: str = "paper", dtype: str = "float32") -> Encoder:
+def load(
+    text: str, representation: str = "paper", dtype: str = "float32", *, fold: bool = True
+) -> Encoder:
     """Makes the encoder that a text names; needs PyTorch, and what the scheme needs.
 
     Says on the standard error stream what is taken, and how images are prepared.
@@ -48,6 +50,7 @@ def load(text: str, representation: str = "paper", dtype: str = "float32") -> En
       representation: an output, as `from_torch` names them; "paper" and "features" are what the
         family's users take, "backbone" what comes before a projection.
       dtype: "float32" or "bfloat16".
+      fold: as in `from_torch`; without it the encoder can be trained and written back.
 
     Raises:
       UserError: in one line, for whatever cannot be found, fetched, loaded or exported.
@@ -59,7 +62,7 @@ def load(text: str, representation: str = "paper", dtype: str = "float32") -> En
         arguments["output"] = representation
     made = {"torch": _of_function, "timm": _of_timm, "hf": _of_hub}[scheme](place, arguments)
     settings = made.settings
-    encoder = from_torch(made.module, dtype=dtype, **settings)
+    encoder = from_torch(made.module, dtype=dtype, fold=fold, **settings)
     if made.pooled:  # a name of ours for an output
         encoder = encoder.replace(representation=made.pooled)
     size = "x".join(map(str, encoder.input_size))

@@ -54,12 +54,13 @@ class Lore(Fare):
 
     by its Lagrangian, mean_x of  distance(x) + lambda(x) (|f_theta(x) - f0(x)|^2 - rho |f0(x)|^2),
     which theta descends and lambda climbs. The multiplier is a function of the image, a network of
-    two layers: lambda(x) = softplus(w2 . relu(W1 u + b1) + b2), with u = f0(x) over the root mean
-    square of its entries, so that settings do not depend on an encoder's scale. It begins as 1
-    (w2 = 0). After every `primal_steps` steps of the encoder it makes one step uphill, with the
-    batch that comes next: by the gradient of mean_x lambda(x) (|f_theta(x) - f0(x)|^2 / |f0(x)|^2 -
-    rho), relative for the same reason. Plain gradient, without momentum or Adam: while the bound is
-    far away the multiplier sinks only as its own logarithm, and rises at once when it is passed.
+    two layers: lambda(x) = softplus(w2 . h / sqrt(width) + b2), h = relu(W1 u + b1), with u = f0(x)
+    over the root mean square of its entries. It begins as 1 (w2 = 0). After every `primal_steps`
+    steps of the encoder it makes one step uphill, with the batch that comes next: by the gradient
+    of mean_x lambda(x) (|f_theta(x) - f0(x)|^2 / (rho |f0(x)|^2) - 1). All these ratios are there
+    so that the rate does not depend on an encoder's scale, on rho or on the width. Plain gradient,
+    without momentum or Adam: while the bound is far away the multiplier's logarithm sinks ever more
+    slowly, and it rises at once when the bound is passed.
 
     The constraint is a pressure, not a guarantee: the metrics say how many images of a batch
     violate it ("violations"), how far clean representations have moved over their length, squared
@@ -105,7 +106,7 @@ class Lore(Fare):
         now = apart(encode, views.first)[0]
         is_due = (state.step > 0) & (state.step % self.settings.primal_steps == 0)
         rate = jnp.where(is_due, self.settings.dual_rate, 0.0)
-        violation = _relative(now, original) - self.settings.rho
+        violation = _relative(now, original) / self.settings.rho - 1.0
         price = lambda dual: jnp.mean(multipliers(dual, original) * violation)
         uphill = jax.grad(price)(target["dual"])
         dual = jax.tree.map(lambda x, slope: x + rate * slope, target["dual"], uphill)
@@ -146,4 +147,5 @@ def multipliers(params: Mapping[str, Array], original: Array) -> Array:
     square = jnp.mean(jnp.square(original), axis=-1, keepdims=True)
     scaled = original / jnp.sqrt(jnp.maximum(square, _LEAST))
     hidden = jax.nn.relu(scaled @ params["kernel1"] + params["bias1"])
-    return jax.nn.softplus(hidden @ params["kernel2"] + params["bias2"])
+    width = hidden.shape[-1]
+    return jax.nn.softplus(hidden @ params["kernel2"] / width**0.5 + params["bias2"])

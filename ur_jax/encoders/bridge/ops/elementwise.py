@@ -221,6 +221,19 @@ def type_as(self, other):
     return self.astype(jnp.result_type(other))
 
 
+@row("ur::batch_norm(Tensor self, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
+     "int axis) -> Tensor")  # fmt: skip
+def batch_norm(self, mean, var, eps, axis, weight=None, bias=None):
+    """A BatchNorm with running statistics along an axis, whose tensors stay what they are."""
+    scale = jax.lax.rsqrt(var.astype(jnp.float32) + eps)
+    if weight is not None:
+        scale = scale * weight.astype(jnp.float32)
+    shift = -mean.astype(jnp.float32) * scale
+    if bias is not None:
+        shift = shift + bias.astype(jnp.float32)
+    return affine(self, scale, shift, axis)
+
+
 @row("ur::affine(Tensor self, Tensor scale, Tensor shift, int axis) -> Tensor")
 def affine(self, scale, shift, axis):
     """self * scale + shift along an axis, in float32: what is left of a BatchNorm."""

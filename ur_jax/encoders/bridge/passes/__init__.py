@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ur_jax.encoders.bridge.graph import Graph, Tensors
 from ur_jax.encoders.bridge.passes.attention import attention
 from ur_jax.encoders.bridge.passes.channels import channels_last
-from ur_jax.encoders.bridge.passes.folding import fold_batch_norm
+from ur_jax.encoders.bridge.passes.folding import fold_batch_norm, open_batch_norm
 from ur_jax.encoders.bridge.passes.patterns import recognised
 from ur_jax.encoders.bridge.passes.simplify import simplified
 
@@ -26,6 +26,13 @@ PASSES: tuple[Pass, ...] = (
     simplified,
 )
 """In this order."""
+
+
+def trainable(graph: Graph, tensors: Tensors) -> tuple[Graph, Tensors]:
+    """The graph after the passes that leave all tensors as they are."""
+    for step in (simplified, recognised, open_batch_norm, attention):
+        graph, tensors = step(graph, tensors)
+    return simplified(*channels_last(graph, tensors, tensors))
 
 
 def optimised(graph: Graph, tensors: Tensors) -> tuple[Graph, Tensors]:

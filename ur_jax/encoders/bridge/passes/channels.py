@@ -2,13 +2,14 @@
 
 Of every image-like value there may be two versions: the module's, channels second, and one with
 channels last. A convolution makes the second; what follows takes it as long as it can, and a
-transposition is put in only where something else is needed. Kernels become HWIO here, once.
+transposition is put in only where something else is needed. Kernels become HWIO here, once; those
+of an encoder that is to be trained as part of the function, so that their tensors stay PyTorch's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,20 @@ _REDUCTIONS = "mean sum amax amin var linalg_vector_norm".split()
 _POOLS = "max_pool2d avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d".split()
 
 
-def channels_last(graph: Graph, tensors: Tensors) -> tuple[Graph, Tensors]:
-    """Gives every 2-D convolution channels last."""
-    return _Rewriter(graph, dict(tensors)).run()
+_PER_CHANNEL = ("ur.affine", "ur.batch_norm")
+"""Of their arguments "self" alone is no tensor of channels."""
+
+
+def channels_last(
+    graph: Graph, tensors: Tensors, trained: Collection[str] = ()
+) -> tuple[Graph, Tensors]:
+    """Gives every 2-D convolution channels last.
+
+    Args:
+      graph, tensors: the network.
+      trained: names of tensors that are not replaced by others: the graph turns them.
+    """
+    return _Rewriter(graph, dict(tensors), trained).run()
 
 
 def _last(rank: int) -> list[int]:
@@ -42,8 +54,8 @@ def _second(rank: int) -> list[int]:
 
 
 class _Rewriter:
-    def __init__(self, graph: Graph, tensors: Tensors):
-        self.graph, self.tensors = graph, tensors
+    def __init__(self, graph: Graph, tensors: Tensors, trained: Collection[str]):
+        self.graph, self.tensors, self.trained = graph, tensors, trained
         self.names = Names(graph, tensors)
         self.shapes: dict[str, Any] = {name: t.shape for name, t in tensors.items()}
         self.nodes: list[Node] = []
@@ -103,6 +115,16 @@ class _Rewriter:
     def _constant(self, name: str, rank: int) -> Ref:
         """A tensor that is broadcast, with channels last."""
         made = f"{name}/last{rank}"
+        if name in self.trained:
+            if made not in self.shapes:
+                shape = (1,) * (rank - len(self.shapes[name])) + tuple(self.shapes[name])
+                view = self.names.new(f"{made}/view")
+                viewed = {"self": Ref(name), "size": list(shape)}
+                self._add(Node(view, "aten.view.default", viewed, shape))
+                turned = tuple(shape[d] for d in _last(rank))
+                args = {"self": Ref(view), "dims": _last(rank)}
+                self._add(Node(made, PERMUTE, args, turned))
+            return Ref(made)
         if made not in self.tensors:
             tensor = self.tensors[name]
             tensor = tensor.reshape((1,) * (rank - tensor.ndim) + tensor.shape)
@@ -142,7 +164,7 @@ class _Rewriter:
         ):
             args = {**node.args, "self": Ref(self.last[node.args["self"].name])}
             return self._result(node, node.op, args)
-        if name in _BINARY or name == "cat" or node.op == "ur.affine":
+        if name in _BINARY or name == "cat" or node.op in _PER_CHANNEL:
             return self._broadcast(node, name, rank)
         source = node.args.get("self")
         if not self._is_last(source):
@@ -175,7 +197,12 @@ class _Rewriter:
         if any(v < 0 for v in args["padding"]) or node.shape is None:
             return False
         kernel = f"{weight.name}/hwio"
-        if kernel not in self.tensors:
+        if weight.name in self.trained:
+            if kernel not in self.shapes:
+                turned = {"self": weight, "dims": [2, 3, 1, 0]}
+                shape = self.shapes[weight.name]
+                self._add(Node(kernel, PERMUTE, turned, tuple(shape[d] for d in (2, 3, 1, 0))))
+        elif kernel not in self.tensors:
             turned = np.ascontiguousarray(self.tensors[weight.name].transpose(2, 3, 1, 0))
             self.tensors[kernel] = turned
         two = lambda x: [*x] * (2 // len(x))
@@ -218,7 +245,7 @@ class _Rewriter:
             return self._version(value, rank)
 
         for key, value in node.args.items():
-            if isinstance(value, Ref) and not (node.op == "ur.affine" and key != "self"):
+            if isinstance(value, Ref) and not (node.op in _PER_CHANNEL and key != "self"):
                 versions[key] = version(value)
             elif isinstance(items := value, list) and key == "tensors":
                 versions[key] = [version(x) for x in items]
@@ -229,7 +256,7 @@ class _Rewriter:
                 return False
         if name == "cat":
             versions["dim"] = _last(rank).index(node.args.get("dim", 0) % rank)
-        if node.op == "ur.affine":
+        if node.op in _PER_CHANNEL:
             versions["axis"] = rank - 1
         return self._result(node, node.op, versions)
 

@@ -48,6 +48,23 @@ def fold_batch_norm(graph: Graph, tensors: Tensors) -> tuple[Graph, Tensors]:
     return without_unused(graph.replace(nodes=tuple(kept.values())), tensors)
 
 
+def open_batch_norm(graph: Graph, tensors: Tensors) -> tuple[Graph, Tensors]:
+    """Makes every BatchNorm one operation of its own tensors, as training wants it."""
+    users, kept = uses(graph), {node.name: node for node in graph.nodes}
+    for node in graph.nodes:
+        results = users.get(node.name, [])
+        if node.op != _NORM or any(r.op != "ur.getitem" or r.args["index"] for r in results):
+            continue
+        names = {"self": "input", "weight": "weight", "bias": "bias"}
+        names |= {"mean": "running_mean", "var": "running_var", "eps": "eps"}
+        args = {new: node.args[old] for new, old in names.items() if node.args.get(old) is not None}
+        for result in results:
+            kept[result.name] = dataclasses.replace(
+                result, op="ur.batch_norm", args={**args, "axis": 1}
+            )
+    return without_unused(graph.replace(nodes=tuple(kept.values())), tensors)
+
+
 def _scale_shift(node: Node, tensors: Tensors) -> tuple[np.ndarray, np.ndarray] | None:
     """A BatchNorm as one scale and shift; None if its statistics are no tensors."""
     values = {}
