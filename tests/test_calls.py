@@ -142,6 +142,13 @@ def test_compared_image_by_image(pixels, found, tmp_path):
         ur_jax.compare(tmp_path, found[1])
 
 
+def test_a_notebook_shows_a_result_once(found, monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)  # where printing displays
+    monkeypatch.setitem(sys.modules, "IPython.display", None)
+    shown = found[0]._repr_mimebundle_()
+    assert "universal_quantile" in shown["text/html"] and "\x1b" not in shown["text/plain"]
+
+
 def test_results_are_drawn(found, monkeypatch):
     panels = {row.metric for row in found[0].rows}
     figure = found[0].plot()

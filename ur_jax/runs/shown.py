@@ -20,7 +20,7 @@ class Shown(abc.ABC):
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=_WIDTH, no_color=True)
+        console = Console(width=_WIDTH, no_color=True, force_jupyter=False, force_terminal=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()
@@ -29,7 +29,7 @@ class Shown(abc.ABC):
         """The table, for a notebook."""
         from rich.console import Console
 
-        console = Console(width=_WIDTH, record=True, file=io.StringIO())
+        console = Console(width=_WIDTH, record=True, file=io.StringIO(), force_jupyter=False)
         console.print(self)
         html = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
         return {"text/plain": str(self), "text/html": html}
