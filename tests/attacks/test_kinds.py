@@ -59,6 +59,19 @@ def test_the_expectation_of_a_random_encoder_is_attacked():
         attacks.eot_pgd(_no_representation, None, IMAGES, KEY, config=config)
 
 
+def test_no_lucky_draw_is_kept_for_a_good_point():
+    """Of noise alone, every point is as good as every other one, whatever a step draws."""
+    config = attacks.AttackConfig(eps=0.05, num_steps=6, rule="apgd", num_restarts=2)
+    result = attacks.eot_pgd(_only_noise, None, IMAGES, KEY, config=config, num_samples=2)
+    assert np.all(np.ptp(result.history.objective, axis=1) == 0)
+    np.testing.assert_array_equal(result.objective, result.history.objective[:, 0])
+    assert np.ptp(result.objective) > 0.1  # each image has draws of its own
+
+
+def _only_noise(params, images, keys):
+    return jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+
+
 def _brighter(image, key):
     return image * jax.random.uniform(key, (), minval=0.8, maxval=1.2)
 

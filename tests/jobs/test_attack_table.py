@@ -25,18 +25,20 @@ def test_rows_are_kept_and_only_missing_ones_are_computed(tmp_path, monkeypatch,
         "--encoders mine --images demo --num-images 3 --num-clean 8 --eps 0.05 --budget 2".split()
     )
     words += ["--csv", str(tmp_path / "deep" / "rows.csv"), "--only", "APGD", "APGD, cosine"]
+    words += ["one for all", "patch 4x4", "--patch", "4"]
     config = cli.parse(cli.find("attack-table"), words)
     assert attack_table.main(config) == 0
     before = (tmp_path / "deep" / "rows.csv").read_bytes()
-    assert before.count(b"\n") == 3 and b'"APGD, cosine"' in before
+    assert before.count(b"\n") == 5 and b'"APGD, cosine"' in before
     monkeypatch.setattr(attack_table.loading, "load_encoder", None)
     assert attack_table.main(config) == 0
     assert (tmp_path / "deep" / "rows.csv").read_bytes() == before
     assert capsys.readouterr().out.count("| mine | 0.05 | APGD, cosine |") == 3
     row = attack_table._read(config.csv)["mine", "0.05", "APGD"]
     assert float(row["median_distance"]) > 0 and row["gradient_steps"] == "2"
+    assert float(attack_table._read(config.csv)["mine", "1", "patch 4x4"]["median_distance"]) > 0
     with pytest.raises(UserError, match="did you mean 'APGD'"):
-        attack_table.main(cli.parse(cli.find("attack-table"), [*words[:-2], "APDG"]))
+        attack_table.main(cli.parse(cli.find("attack-table"), [*words, "--only", "APDG"]))
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     words[words.index("--csv") + 1] = str(tmp_path / "other.csv")
     with pytest.raises(UserError, match="a file of this command"):

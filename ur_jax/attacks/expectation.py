@@ -18,6 +18,7 @@ from ur_jax.attacks.ascent import ascend
 from ur_jax.attacks.ball import image_keys
 from ur_jax.attacks.config import AttackConfig, check_radius, split
 from ur_jax.attacks.objectives import OBJECTIVES, Aim
+from ur_jax.attacks.rules import RULES
 from ur_jax.attacks.unsupervised import AttackHistory, AttackResult
 from ur_jax.checks import check_finite_array, check_pixels, check_type, whole_number
 from ur_jax.distances import all_distances
@@ -25,7 +26,7 @@ from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError
 from ur_jax.types import Array, Images, Keys, PyTree, Representations
 
-_REFERENCE, _FINAL = 0xC1EA, 0xF1A1  # streams of draws that are not the attack's own
+_REFERENCE, _FINAL, _COMMON = 0xC1EA, 0xF1A1, 0xC033  # streams of draws not a step's own
 
 RandomEncoder = Callable[[PyTree, Array, Array], Array]
 """(params, images (B,H,W,3), a key for each (B,)) -> representations (B,D)."""
@@ -43,7 +44,10 @@ def eot_pgd(
 ) -> AttackResult:
     """Moves the expected representation of a random encoder, or of randomly transformed images.
 
-        maximise the mean over samples s of objective(f(x + delta, key_s)), drawn anew at each step
+        maximise the mean over samples s of objective(f(x + delta, key_s))
+
+    The gradient is of samples drawn anew at each step. A rule that keeps the best point, or halves
+    its steps, compares points under the same samples: no lucky draw is kept for a good point.
 
     Args:
       random_fn: pure and jittable, (params, images (B,H,W,3), keys (B,)) -> (B,D) float32; each
@@ -54,14 +58,14 @@ def eot_pgd(
       key: as in `u_pgd`.
       config: as in `u_pgd`; any rule, any objective without a bank. `eps` is of the image itself,
         before it is transformed.
-      num_samples: draws of each evaluation, >= 1; one step costs as many forward passes.
+      num_samples: draws of each evaluation, >= 1; a step costs as many passes forward and back, and
+        as many forward for the comparison.
       target: representations (B,D) to move towards; by default away from the mean of 8 times as
         many draws at the clean image.
 
     Returns:
       As `u_pgd`: representations are means over 8 times `num_samples` fresh draws at the attacked
-      images, the history has those of each step's own draws, and the objective, being that of the
-      draws that were made, favours lucky ones.
+      images; the history and the objective are of the samples by which points are compared.
 
     Raises:
       UserError: for images, a key or a config as in `u_pgd`, or a function whose result is no
@@ -101,10 +105,22 @@ def _eot_pgd(random_fn, params, images, keys, target, size, config, num_samples)
     reference = jax.lax.stop_gradient(mean(images, _REFERENCE) if target is None else target)
     aim, objective_of = Aim(reference, target is not None), OBJECTIVES[config.objective]()
 
-    def objective_fn(attacked, draws):
+    common = fold(keys, _COMMON)
+    has_gradient = getattr(RULES[config.rule](), "needs_gradient", True)
+
+    def mean_objective(attacked, draws):
         each = samples(attacked, draws, num_samples)
-        objective = jnp.mean(jnp.stack([objective_of(one, aim) for one in each]), axis=0)
-        return objective, each.mean(0)
+        return jnp.mean(jnp.stack([objective_of(one, aim) for one in each]), axis=0), each.mean(0)
+
+    def objective_fn(attacked, draws):
+        compared, output = jax.lax.stop_gradient(mean_objective(attacked, common))
+        if not has_gradient:
+            return compared, output
+        own, _ = mean_objective(attacked, draws)
+        # The value of the first, the gradient of the second.
+        is_known = jnp.isfinite(own)
+        gradient = jnp.where(is_known, own - jax.lax.stop_gradient(own), 0.0)
+        return compared + gradient, output
 
     record_fn = lambda output: all_distances(output, reference)
     end = ascend(objective_fn, record_fn, images, keys, size, config)

@@ -5,15 +5,19 @@
 
 Attacks the same images of each encoder at each radius (linf) by the paper's steps, by steps of
 eps/10, by momentum, by APGD on every objective, by Square, and takes the worst on each image
-(`strong`). Prints a row for each: median l2 distance, universal quantile, breakaway risk, top-1
-accuracy, what it cost; seconds at the first radius include compiling. Rows are written to --csv as
-they are finished; the same command again computes only those that are missing.
+(`strong`). Beside these: one perturbation for all images, made on those of the bank that are not
+attacked; APGD through random shifts (its images are measured as they are); APGD made on each of
+the other encoders, and on all of them at once, if they look at the same pixels; and a patch, whose
+ball is all of [0,1]. Prints a row for each: median l2 distance, universal quantile, breakaway risk,
+top-1 accuracy, what it cost; seconds at the first radius include compiling. Rows are written to
+--csv as they are finished; the same command again computes only those that are missing.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +29,19 @@ import numpy as np
 import tyro
 
 from ur_jax import data, metrics, runs
-from ur_jax.attacks import AttackConfig, StrongConfig, strong, u_pgd
+from ur_jax.attacks import (
+    AttackConfig,
+    PatchConfig,
+    StrongConfig,
+    apply_transformed,
+    ensemble,
+    eot_pgd,
+    patch_attack,
+    perturbed,
+    strong,
+    u_pgd,
+    universal_perturbation,
+)
 from ur_jax.checks import check_whole
 from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
@@ -40,6 +56,9 @@ COLUMNS = (
     *("top_1_accuracy", "gradient_steps", "queries", "seconds"),
 )
 _CLEAN_AT_ONCE = 128
+_UNIVERSAL_BATCH, _EOT_SAMPLES = 32, 4
+_MADE_ON, _ALL = "APGD, made on ", "APGD, made on all"
+_UNIVERSAL, _SHIFTS = "one for all", "APGD, through shifts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +81,14 @@ class Config:
     """Names of attacks; all by default."""
     csv: Path | None = None
     """File of the rows, as CSV."""
+    patch: int = 8
+    """Side of the patch, in pixels."""
     seed: int = 0
     """Of every random draw."""
 
     def __post_init__(self):
         check_types(self, but=(tyro.MISSING,))
-        check_whole(self, "num_images", "budget")
+        check_whole(self, "num_images", "budget", "patch")
         check_whole(self, "num_clean", optional=True)
         check_whole(self, "seed", least=0)
         for eps in self.eps:
@@ -109,32 +130,49 @@ def attacks(budget: int) -> dict[str, Attack]:
     }
 
 
+def _known(config: Config, encoder: str) -> list[str]:
+    """The names of all rows of an encoder."""
+    others = [f"{_MADE_ON}{other}" for other in config.encoders if other != encoder]
+    others += [_ALL] if others else []
+    side = config.patch
+    return [*attacks(config.budget), "strong", _UNIVERSAL, _SHIFTS, *others, f"patch {side}x{side}"]
+
+
 def main(config: Config) -> int:
     """Computes the missing rows and prints all."""
-    known = [*attacks(config.budget), "strong"]
+    every = {name for encoder in config.encoders for name in _known(config, encoder)}
     for name in config.only:
-        if name not in known:
-            raise unknown_name("attack", name, known)
+        if name not in every:
+            raise unknown_name("attack", name, sorted(every))
     done = _read(config.csv)
     rows: list[dict[str, Any]] = []
     for encoder in config.encoders:
         missing = [
             (eps, name)
             for eps in config.eps
-            for name in config.only or known
-            if (encoder, f"{eps:g}", name) not in done
+            for name in _known(config, encoder)
+            if (not config.only or name in config.only)
+            and (not name.startswith("patch") or eps == config.eps[0])
+            and (encoder, _shown_eps(eps, name), name) not in done
         ]
         rows += [row for key, row in done.items() if key[0] == encoder]
         if not missing:
             continue
         bench = _Bench.open(config, encoder)
         for eps, name in missing:
-            rows.append({"encoder": encoder, **bench.row(eps, name)})
+            if (row := bench.row(eps, name)) is None:
+                continue
+            rows.append({"encoder": encoder, **row})
             console.print(_line(rows[-1]), highlight=False, markup=False, soft_wrap=True)
             if config.csv is not None:
                 _write(config.csv, [*(r for r in done.values() if r not in rows), *rows])
     console.print(table(rows), highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _shown_eps(eps: float, name: str) -> str:
+    """A patch may take any value: its radius is 1."""
+    return "1" if name.startswith("patch") else f"{eps:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +181,9 @@ class _Bench:
 
     config: Config
     encoder: Encoder
+    others: dict[str, Encoder]
     images: Array
+    stream: np.ndarray
     clean: Array
     bank: np.ndarray
     own: np.ndarray
@@ -165,17 +205,64 @@ class _Bench:
             represent(encoder, load(of_bank[start : start + _CLEAN_AT_ONCE]))
             for start in range(0, len(of_bank), _CLEAN_AT_ONCE)
         ])  # fmt: skip
+        apart = np.setdiff1d(of_bank, chosen)[: 4 * _UNIVERSAL_BATCH]
+        same = lambda other: (
+            (other.input_size, other.preparation)
+            == (
+                encoder.input_size,
+                encoder.preparation,
+            )
+        )
+        others = {name: loading.load_encoder(name) for name in config.encoders if name != place}
+        for name in [name for name, other in others.items() if not same(other)]:
+            console.print(f"{place} and {name} look at other pixels: nothing is transferred.")
+            del others[name]
         places = {index: row for row, index in enumerate(of_bank)}
         own = np.array([places.get(index, -1) for index in chosen])
         images = jnp.asarray(load(chosen))
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
         distribution = metrics.distance_distribution(jnp.asarray(bank), key)
-        return cls(config, encoder, images, represent(encoder, images), bank, own, distribution)
+        clean = represent(encoder, images)
+        stream = load(apart) if len(apart) else np.zeros((0, *images.shape[1:]), np.float32)
+        return cls(config, encoder, others, images, stream, clean, bank, own, distribution)
 
-    def row(self, eps: float, name: str) -> dict[str, Any]:
-        """The row of an attack; its seconds at the first radius include compiling."""
-        key = jax.random.key(self.config.seed)
-        if name == "strong":
+    def row(self, eps: float, name: str) -> dict[str, Any] | None:
+        """The row of an attack, if it can be made; its seconds at the first radius include
+        compiling."""
+        key, budget = jax.random.key(self.config.seed), self.config.budget
+        of_images = lambda images: self.encoder(images)[:, None]
+        apgd = AttackConfig(eps, num_steps=budget, rule="apgd")
+        steps, queries = budget, 0
+        if name.startswith(_MADE_ON):
+            if (source := self._source(name)) is None:
+                return None
+            run = lambda: of_images(u_pgd(source, self.images, key, config=apgd).images)
+        elif name == _SHIFTS:
+            steps *= _EOT_SAMPLES
+            through = lambda: eot_pgd(
+                _through_shifts, self.encoder, self.images, key, config=apgd,
+                num_samples=_EOT_SAMPLES,
+            )  # fmt: skip
+            run = lambda: of_images(through().images)
+        elif name == _UNIVERSAL:
+            if not len(self.stream):
+                raise UserError(
+                    "Expected images in the bank that are not attacked: raise num_clean."
+                )
+            batches = (self._batch(step) for step in range(budget))
+            one = AttackConfig(eps, eps / 10, budget)
+            run = lambda: of_images(
+                perturbed(
+                    self.images, universal_perturbation(self.encoder, batches, key, config=one)
+                )
+            )
+        elif name.startswith("patch"):
+            side = self.config.patch
+            patch = PatchConfig(height=side, width=side, num_steps=budget)
+            run = lambda: patch_attack(
+                self.encoder, self.images, key, config=patch
+            ).representations[:, None]
+        elif name == "strong":
             settings = StrongConfig(eps, self.config.budget, with_bank=True)
             bank = jnp.asarray(self.bank)
             run = lambda: strong(self.encoder, self.images, key, config=settings, bank=bank).each
@@ -197,9 +284,23 @@ class _Bench:
         seconds = time.monotonic() - started
         measured = self._measured(found)
         return {
-            "eps": eps, "attack": name, **measured,
+            "eps": float(_shown_eps(eps, name)), "attack": name, **measured,
             "gradient_steps": steps, "queries": queries, "seconds": seconds,
         }  # fmt: skip
+
+    def _source(self, name: str) -> Encoder | None:
+        """The encoder that images are attacked on which are measured here."""
+        if name != _ALL:
+            return self.others.get(name.removeprefix(_MADE_ON))
+        if not self.others:
+            return None
+        members = (self.encoder, *self.others.values())
+        return ensemble(members, [_median_distance(member(self.images)) for member in members])
+
+    def _batch(self, step: int) -> Array:
+        """Images of the stream, over and over."""
+        rows = np.arange(step * _UNIVERSAL_BATCH, (step + 1) * _UNIVERSAL_BATCH) % len(self.stream)
+        return jnp.asarray(self.stream[rows])
 
     def _measured(self, found: Array) -> dict[str, float]:
         """The numbers of the worst of some representations (B,R,D) of each image."""
@@ -222,6 +323,22 @@ class _Bench:
             "breakaway_risk": mean(metrics.breakaway_risk(worst)),
             "top_1_accuracy": mean(metrics.nearest_neighbour_hits(worst, k=1)),
         }
+
+
+def _median_distance(clean: Array) -> float:
+    """Of the pairs of some representations."""
+    far = jnp.linalg.norm(clean[:, None] - clean[None], axis=2)
+    return float(np.median(np.asarray(far)[np.triu_indices(len(clean), 1)]))
+
+
+def _shifted(image: Array, key: Array) -> Array:
+    """An image moved by up to two pixels in each direction, its edge repeated."""
+    rows, columns = jax.random.randint(key, (2,), 0, 5)
+    padded = jnp.pad(image, ((2, 2), (2, 2), (0, 0)), mode="edge")
+    return jax.lax.dynamic_slice(padded, (rows, columns, 0), image.shape)
+
+
+_through_shifts = functools.partial(apply_transformed, transform=_shifted)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
