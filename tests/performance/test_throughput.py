@@ -2,51 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_rules
 import tiny_encoder
 
 from ur_jax import performance
-from ur_jax.encoders import loading, mapping
-from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.performance import command as script
 from ur_jax.performance import suite, timing, work
-
-
-@pytest.mark.parametrize("name", ["resnet50", "mae"])
-def test_the_torch_twin_computes_the_same(name, monkeypatch):
-    torch = pytest.importorskip("torch")
-    from ur_jax.encoders.networks.heads import NoHead
-    from ur_jax.encoders.networks.network import Network
-    from ur_jax.encoders.networks.vit import ViT
-    from ur_jax.performance import torch_networks
-
-    spec = ENCODERS[name]
-    if name == "mae":  # in miniature; the ResNet is the whole one, on a small image
-        spec = dataclasses.replace(spec, network=lambda folded: Network(ViT(16, 2, 4), NoHead()))
-    else:
-        spec = dataclasses.replace(spec, input_size=(64, 64))
-    twin = torch_networks.make_network(spec)
-    state = {
-        key: reference_rules.fill(key, tuple(tensor.shape), str(tensor.dtype).split(".")[-1])
-        for key, tensor in twin.network.state_dict().items()
-    }
-    twin.network.load_state_dict({key: torch.from_numpy(t) for key, t in state.items()})
-    if name == "resnet50":
-        state |= {"fc.weight": np.zeros((1000, 2048), "f4"), "fc.bias": np.zeros(1000, "f4")}
-    published = mapping.map_tensors(state, spec)
-    ours = loading.make_encoder(spec, published.variables, published.config, "backbone")
-    images = reference_rules.images(*spec.input_size)
-    with torch.no_grad():
-        theirs = twin(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-    representations = np.asarray(ours(jnp.asarray(images)))
-    assert np.abs(representations - theirs).max() <= 2e-5 * np.abs(theirs).max()
 
 
 def test_workloads_are_timed_by_turns():
