@@ -10,6 +10,7 @@ from ur_jax.jobs import reproduce_cifar
 from ur_jax.jobs.train import Train
 from ur_jax.runs import Row, Summary
 from ur_jax.stats.intervals import Estimate
+from ur_jax.training import LoreConfig
 
 
 @pytest.fixture
@@ -81,3 +82,19 @@ def test_a_folder_without_the_two_splits(tmp_path):
     with pytest.raises(UserError, match="folder train/ in it, got"):
         reproduce_cifar.main(reproduce_cifar.Config(tmp_path, tmp_path / "out"))
     assert not runs.as_folder(tmp_path / "out").exists()
+
+
+def test_the_full_size_is_a_preset_of_its_own(data, tmp_path):
+    command = cli.find("reproduce-cifar")
+    words = ["--preset", "full", "--data", str(data), "--workdir", str(tmp_path / "out")]
+    config = cli.parse(command, [*words, "--fine-tunings", "lore@0.02"])
+    lore = reproduce_cifar.training(config, "lore@0.02")
+    assert (lore.method, lore.attack) == (LoreConfig(rho=0.02), "loss")
+    assert (lore.num_images, lore.num_epochs) == (50_000, 5)
+    certificates = reproduce_cifar.measured(config).certificates
+    assert certificates.randomized.radii[1:] == (0.1, 0.25, 0.5, 0.75)
+    assert (certificates.num_images, certificates.randomized.n) == (500, 100_000)
+    with pytest.raises(UserError, match="'fair'; did you mean 'fare'"):
+        reproduce_cifar.training(config, "fair")
+    with pytest.raises(UserError, match="lore@RHO with a number, got 'lore@x'"):
+        reproduce_cifar.training(config, "lore@x")

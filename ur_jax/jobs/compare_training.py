@@ -22,6 +22,7 @@ WORKDIR/measured/NAME.json and WORKDIR/methods.md; the same command goes on wher
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,12 +140,17 @@ def measured(config: Config, name: str) -> dict[str, Estimate]:
     if path.exists():
         known = runs.read_json(path)
         if known["identity"] == identity:
-            return {key: Estimate(*values) for key, values in known["measures"].items()}
+            return {key: _read(*values) for key, values in known["measures"].items()}
     kept, anew = (_probe(config, *pair) for pair in (("demo", "demo"), (name, place)))
     values = dict(_measures(config, encoder, {"kept": kept, "anew": anew}))
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_json(path, {"identity": identity, "measures": values})
     return values
+
+
+def _read(value: float, low: float | None, high: float | None, n: int) -> Estimate:
+    """An estimate from a file, which has no infinite ends of intervals."""
+    return Estimate(value, -math.inf if low is None else low, math.inf if high is None else high, n)
 
 
 class _Linear(NamedTuple):
