@@ -12,6 +12,7 @@ import reference_rules
 
 from ur_jax.encoders import loading, mapping
 from ur_jax.encoders.bridge import from_torch
+from ur_jax.encoders.networks import heads
 from ur_jax.encoders.networks.heads import NoHead
 from ur_jax.encoders.networks.network import Network
 from ur_jax.encoders.networks.vit import ViT
@@ -28,11 +29,12 @@ def test_ours_the_twin_and_the_bridged_twin_agree(name):
     spec = ENCODERS[name]
     if name == "resnet50":  # the whole one, on a small image
         spec = dataclasses.replace(spec, input_size=(64, 64))
-    else:  # in miniature, with the heads of each
-        heads = {"mae": 4, "mocov3": 2}[name]
-        spec = dataclasses.replace(
-            spec, network=lambda folded: Network(ViT(16, 2, heads), NoHead())
-        )
+    elif name == "mae":  # in miniature
+        spec = dataclasses.replace(spec, network=lambda folded: Network(ViT(16, 2, 4), NoHead()))
+    else:
+        projector = lambda folded: heads.mocov3_projector(32, 16, folded=folded)
+        network = lambda folded: Network(ViT(16, 2, 2), projector(folded))
+        spec = dataclasses.replace(spec, network=network, parts=())
     twin: Any = torch_networks.make_network(spec)
     state = {
         key: reference_rules.fill(key, tuple(tensor.shape), str(tensor.dtype).split(".")[-1])
