@@ -63,6 +63,7 @@ def test_the_report_is_one_file(workdir, tmp_path, capsys):
     row = re.search(found, table, re.S)
     assert row and re.findall(r"<td class=\"(best)\"|<td", row[1]) == ["", "best", ""]
     assert "strong &gt; " in text and "Two by two (3 pairs)" in text
+    assert re.search(r"more robust than every other one: strong by \d+", text)
     assert re.search(r"strong is better on \d\d of 40 images", text)
     assert METRICS["universal_quantile"].definition in text and "section 4" in text
     names = ["certified-accuracy", "certified-divergence"]

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -197,6 +198,8 @@ def _verdict(
     if not compared.verdicts:
         yield page.Paragraph("No two encoders were measured on the same images yet.", "soft")
         return
+    if len(encoders) > 2:
+        yield page.Paragraph(_leaders(columns, compared))
     doubts = compared.disagreements()
     for doubt in doubts[:_MOST_DOUBTS]:
         yield page.Paragraph(doubt, "bad")
@@ -230,6 +233,16 @@ def _verdict(
     ]
     yield page.ranking_table(rankings)
     yield page.Fold(f"Two by two ({len(pairs)} pairs)", folds)
+
+
+def _leaders(columns: Sequence[Compared], compared: Comparison) -> str:
+    """Which of several encoders is decided to be the best, by how many measures: a sentence."""
+    asked = [column for column in columns if column.robust and len(column.cells) > 1]
+    firsts = Counter(filter(None, map(compared.best, asked)))
+    if not firsts:
+        return f"By none of {len(asked)} measures one encoder is decided to be the most robust."
+    found = ", ".join(f"{name} by {count}" for name, count in firsts.most_common())
+    return f"Decided to be more robust than every other one: {found} of {len(asked)} measures."
 
 
 def _pair(compared: Comparison, first: str, second: str, *, is_open: bool) -> Block:
