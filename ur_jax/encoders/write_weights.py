@@ -4,11 +4,11 @@
     ur-jax export-weights --encoder runs/moco/encoder --like moco_v2_200ep_pretrain.pth.tar \\
         --out moco_robust.safetensors
 
-A network of PyTorch that was trained here (`ur-jax train --init torch:file.py:make`, timm:NAME,
-hf:DIRECTORY, or a checkpoint that `convert-weights --trainable` made) is written with all keys of
-its own state dict, those that training leaves alone as they were; tensors that the module shares
-are equal. A published encoder is written as the file that --like names, with the encoder's tensors
-in the place of that file's.
+A network of PyTorch that was trained here (`--init` torch:file.py:make, timm:NAME, hf:DIRECTORY, or
+a checkpoint that `convert-weights --trainable` made) is written with all keys of its own state
+dict, those that training leaves alone as they were; tensors that the module shares are equal. A
+published encoder is written as the file that --like names, with the encoder's tensors in the place
+of that file's.
 
     module.load_state_dict(safetensors.torch.load_file("mine.safetensors"))
 
