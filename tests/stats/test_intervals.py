@@ -147,3 +147,20 @@ def test_bad_counts_and_bounds_are_refused():
     with pytest.raises(ValueError, match="got 0.5 to 2.0"):
         mean_interval([0.5, 2.0])
     assert mean_interval([0.5, 2.0, 1.0], bounds=(0, 2)).n == 3
+
+
+def test_what_an_interval_of_targeted_values_covers():
+    """Each image is the target of one other: less than 95 % is covered, and not much less.
+
+    Of 600 intervals of 64 distances; a false alarm below 1 in 1,000 at a true coverage of .90.
+    """
+    rng = np.random.default_rng(0)
+
+    def distances(size):
+        x = rng.normal(size=(size, 8)) * np.exp(0.5 * rng.normal(size=(size, 1)))
+        return np.linalg.norm(x - np.roll(x, -1, axis=0), axis=1)
+
+    true = np.median(distances(200_000))
+    found = [median_interval(distances(64)) for _ in range(600)]
+    covered = np.mean([each.low <= true <= each.high for each in found])
+    assert 0.86 <= covered <= 0.95

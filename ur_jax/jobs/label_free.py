@@ -445,7 +445,10 @@ _UNASKED = {preset.protocol.num_images for preset in LabelFree.presets.values()}
 
 
 def _derangement(indices: np.ndarray, key: Array) -> np.ndarray:
-    """Gives every image another one as target: the next on a random cycle through all of them."""
+    """Gives every image another one as target: the next on a random cycle through all of them.
+
+    Values of two that follow one another share an image, see the sharp edges in `ur_jax/README.md`.
+    """
     order = np.asarray(jax.random.permutation(key, len(indices)))
     targets = np.empty_like(indices)
     targets[order] = indices[np.roll(order, -1)]
