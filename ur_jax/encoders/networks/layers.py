@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -41,11 +41,8 @@ class Conv(nn.Module):
         size, stride = self.kernel_size, self.strides
         kernel = self.param("kernel", _conv_init, (size, size, x.shape[-1], self.features))
         kernel = kernel.astype(x.dtype)
-        if size == 1:
-            x = x[:, ::stride, ::stride] @ kernel[0, 0]
-        else:
-            padding = ((0, 0), (0, 0)) if self.padding == "VALID" else tuple(self.padding)
-            x = _conv(x, kernel, stride, padding, x.shape)
+        padding = ((0, 0), (0, 0)) if self.padding == "VALID" else tuple(self.padding)
+        x = _conv(x, kernel, stride, padding, x.shape)
         if self.use_bias:
             x = x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return x
@@ -258,11 +255,174 @@ def global_average(x: Array) -> Array:
     return x.mean((1, 2), dtype=jnp.float32).astype(x.dtype)
 
 
-def _plain_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """The convolution, differentiated as JAX does."""
+_TILE = 8  # tokens; the products of GPUs pad other lengths by a copy
+
+
+@jax.custom_vjp
+def attention(query: Array, key: Array, value: Array) -> Array:
+    """Softmax attention (B,T,N,H) of query (B,T,N,H) to key and value (B,S,N,H), without a mask.
+
+    On GPUs the tokens are padded once to what their products want, and the gradient keeps the
+    softmax in the compute dtype; elsewhere it is JAX's own.
+    """
+    return _attention_forward(query, key, value)[0]
+
+
+def _attention_forward(query, key, value):
+    """The result, and what the gradient on GPUs needs: the softmax (B,N,T',S')."""
+    batch, length, heads, _ = query.shape
+    shape = (batch, heads, _tiled(length), _tiled(key.shape[1]))
+    native = lambda *parts: (_plain_attention(*parts), jnp.zeros(shape, query.dtype))
+    result, weights = jax.lax.platform_dependent(
+        query, key, value, cuda=_padded_attention, rocm=_padded_attention, default=native
+    )
+    return result, (query, key, value, result, weights)
+
+
+def _attention_backward(kept, grad):
+    """The gradients by query, key and value, as suits the platform."""
+    native = lambda query, key, value, result, weights, grad: jax.vjp(
+        _plain_attention, query, key, value
+    )[1](grad)  # XLA finds the forward pass again
+    gradient = _padded_attention_gradient
+    return jax.lax.platform_dependent(*kept, grad, cuda=gradient, rocm=gradient, default=native)
+
+
+attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _plain_attention(query: Array, key: Array, value: Array) -> Array:
+    """JAX's own, which mixes bfloat16 with its float32 softmax."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(query, key, value)
+
+
+def _tiled(length: int) -> int:
+    """A number of tokens as it is padded."""
+    return length + -length % _TILE
+
+
+def _heads_first(x: Array) -> Array:
+    """(B,T,N,H) -> (B,N,T',H), padded with zeros."""
+    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % _TILE), (0, 0)))
+
+
+def _heads_last(x: Array, length: int) -> Array:
+    """(B,N,T',H) -> (B,T,N,H)."""
+    return x[:, :, :length].swapaxes(1, 2)
+
+
+def _padded_attention(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+    """The attention, and its softmax (B,N,T',S'), which is 0 for padded keys."""
+    length, keys = query.shape[1], key.shape[1]
+    scale = query.shape[-1] ** -0.5
+    query, key, value = map(_heads_first, (query, key, value))
+    logits = jnp.einsum("bnth,bnsh->bnts", query, key, preferred_element_type=jnp.float32) * scale
+    logits = jnp.where(jnp.arange(key.shape[2]) < keys, logits, -jnp.inf)
+    weights = jax.nn.softmax(logits).astype(value.dtype)
+    return _heads_last(jnp.einsum("bnts,bnsh->bnth", weights, value), length), weights
+
+
+def _padded_attention_gradient(query, key, value, result, weights, grad):
+    """With P the softmax: dV = P^T dO, dS = P (dO V^T - sum of dO O) scale, dQ = dS K, dK = dS^T Q."""
+    scale, lengths = query.shape[-1] ** -0.5, [x.shape[1] for x in (query, key, value)]
+    query, key, value, result, grad = map(_heads_first, (query, key, value, result, grad))
+    by_value = jnp.einsum("bnts,bnth->bnsh", weights, grad)
+    both = grad.astype(jnp.float32) * result.astype(jnp.float32)
+    by_weights = jnp.einsum("bnth,bnsh->bnts", grad, value).astype(jnp.float32)
+    by_logits = weights.astype(jnp.float32) * (by_weights - both.sum(-1, keepdims=True)) * scale
+    by_logits = by_logits.astype(query.dtype)
+    by_query = jnp.einsum("bnts,bnsh->bnth", by_logits, key)
+    by_key = jnp.einsum("bnts,bnth->bnsh", by_logits, query)
+    return tuple(map(_heads_last, (by_query, by_key, by_value), lengths))
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """The exact GELU; on GPUs by erf in float32, whose kernel XLA does not split in two."""
+    return jax.lax.platform_dependent(x, cuda=_gelu_by_erf, rocm=_gelu_by_erf, default=_plain_gelu)
+
+
+def _gelu_backward(x, grad):
+    """The gradient of either form."""
+    of = lambda form: lambda x, grad: jax.vjp(form, x)[1](grad)[0]
+    by_erf = of(_gelu_by_erf)
+    return (jax.lax.platform_dependent(x, grad, cuda=by_erf, rocm=by_erf, default=of(_plain_gelu)),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def _plain_gelu(x: Array) -> Array:
+    """JAX's own."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_by_erf(x: Array) -> Array:
+    """x Phi(x)."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
+@jax.custom_vjp
+def relu(x: Array) -> Array:
+    """max(x, 0), whose gradient on GPUs asks the result which entries were positive.
+
+    The result is in memory anyway, as the input of the next layer, so that the input of the ReLU
+    need not be. The barrier keeps XLA from turning the question back to the input.
+    """
+    return jax.nn.relu(x)
+
+
+def _relu_forward(x):
+    """The result, and what the gradient asks."""
+
+    def of_result(x):
+        y = jax.lax.optimization_barrier(jax.nn.relu(x))
+        return y, y
+
+    return jax.lax.platform_dependent(
+        x, cuda=of_result, rocm=of_result, default=lambda x: (jax.nn.relu(x), x)
+    )
+
+
+def _relu_backward(kept, grad):
+    """The gradient where the result is positive."""
+    return (jnp.where(kept > 0, grad, jnp.zeros((), grad.dtype)),)
+
+
+relu.defvjp(_relu_forward, _relu_backward)
+
+
+def _convolution(stride: int, padding: Padding, x: Array, kernel: Array) -> Array:
+    """The convolution as one, differentiated as JAX does."""
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=_DIMENSIONS
     )
+
+
+def _product(stride: int, padding: Padding, x: Array, kernel: Array) -> Array:
+    """A convolution of 1x1 as a product."""
+    return x[:, ::stride, ::stride] @ kernel[0, 0]
+
+
+def _by_form(make: Callable[..., Any], *arguments: Array, kernel: Array) -> Any:
+    """What `make` makes of the form that suits kernel and platform: form -> function of arguments.
+
+    On GPUs a convolution of 1x1 is one call of cuDNN with its bias, ReLU and residual; on CPUs and
+    TPUs it is a product, which is faster there.
+    """
+    convolution = make(_convolution)
+    if kernel.shape[:2] != (1, 1):
+        return convolution(*arguments)
+    return jax.lax.platform_dependent(
+        *arguments, cuda=convolution, rocm=convolution, default=make(_product)
+    )
+
+
+def _plain_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """The convolution, not to be differentiated."""
+    return _by_form(lambda form: functools.partial(form, stride, padding), x, kernel, kernel=kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -288,21 +448,31 @@ def _conv_backward(stride, padding, shape, residuals, grad):
     if isinstance(grad, SymbolicZero):
         return None, None
     if wants_input is not None:
-        by_x = jax.lax.platform_dependent(
-            kernel,
-            grad,
-            cpu=functools.partial(_input_gradient_cpu, stride, padding, shape),
-            default=functools.partial(_input_gradient, stride, padding, shape),
-        )
+        native = lambda form: functools.partial(_input_gradient, form, stride, padding, shape)
+        if kernel.shape[:2] == (1, 1):
+            by_x = _by_form(native, kernel, grad, kernel=kernel)
+        else:
+            by_x = jax.lax.platform_dependent(
+                kernel,
+                grad,
+                cpu=functools.partial(_input_gradient_cpu, stride, padding, shape),
+                default=native(_convolution),
+            )
     if x is not None:
-        by_kernel = jax.vjp(lambda k: _plain_conv(x, k, stride, padding), kernel)[1](grad)[0]
+        native = lambda form: functools.partial(_kernel_gradient, form, stride, padding, kernel)
+        by_kernel = _by_form(native, x, grad, kernel=kernel)
     return by_x, by_kernel
 
 
-def _input_gradient(stride, padding, shape, kernel, grad):
+def _input_gradient(form, stride, padding, shape, kernel, grad):
     """As JAX has it."""
     x = jax.ShapeDtypeStruct(shape, grad.dtype)
-    return jax.linear_transpose(lambda x: _plain_conv(x, kernel, stride, padding), x)(grad)[0]
+    return jax.linear_transpose(lambda x: form(stride, padding, x, kernel), x)(grad)[0]
+
+
+def _kernel_gradient(form, stride, padding, kernel, x, grad):
+    """As JAX has it."""
+    return jax.vjp(lambda k: form(stride, padding, x, k), kernel)[1](grad)[0]
 
 
 def _input_gradient_cpu(stride, padding, shape, kernel, grad):

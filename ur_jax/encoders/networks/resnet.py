@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 
-from ur_jax.encoders.networks.layers import ConvNorm, NormConfig, global_average, max_pool_3x3
+from ur_jax.encoders.networks.layers import (
+    ConvNorm,
+    NormConfig,
+    global_average,
+    max_pool_3x3,
+    relu,
+)
 from ur_jax.types import Array
 
 _SAME3 = ((1, 1), (1, 1))
@@ -26,10 +31,10 @@ class BasicBlock(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         shared: dict[str, Any] = dict(folded=self.folded, norm=self.norm)
         y = ConvNorm(self.features, 3, self.strides, _SAME3, **shared, name="conv1")(x, train)
-        y = ConvNorm(self.features, 3, 1, _SAME3, **shared, name="conv2")(jax.nn.relu(y), train)
+        y = ConvNorm(self.features, 3, 1, _SAME3, **shared, name="conv2")(relu(y), train)
         if x.shape != y.shape:
             x = ConvNorm(self.features, 1, self.strides, **shared, name="shortcut")(x, train)
-        return jax.nn.relu(x + y)
+        return relu(x + y)
 
 
 class Bottleneck(nn.Module):
@@ -45,14 +50,12 @@ class Bottleneck(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         shared: dict[str, Any] = dict(folded=self.folded, norm=self.norm)
         y = ConvNorm(self.features, 1, **shared, name="conv1")(x, train)
-        y = ConvNorm(self.features, 3, self.strides, _SAME3, **shared, name="conv2")(
-            jax.nn.relu(y), train
-        )
+        y = ConvNorm(self.features, 3, self.strides, _SAME3, **shared, name="conv2")(relu(y), train)
         out = self.features * self.expansion
-        y = ConvNorm(out, 1, **shared, name="conv3")(jax.nn.relu(y), train)
+        y = ConvNorm(out, 1, **shared, name="conv3")(relu(y), train)
         if x.shape != y.shape:
             x = ConvNorm(out, 1, self.strides, **shared, name="shortcut")(x, train)
-        return jax.nn.relu(x + y)
+        return relu(x + y)
 
 
 class ResNet(nn.Module):
@@ -84,9 +87,9 @@ class ResNet(nn.Module):
         shared: dict[str, Any] = dict(folded=self.folded, norm=self.norm)
         if self.stem == "imagenet":
             x = ConvNorm(self.width, 7, 2, ((3, 3), (3, 3)), **shared, name="stem")(x, train)
-            x = max_pool_3x3(jax.nn.relu(x))
+            x = max_pool_3x3(relu(x))
         else:
-            x = jax.nn.relu(ConvNorm(self.width, 3, 1, _SAME3, **shared, name="stem")(x, train))
+            x = relu(ConvNorm(self.width, 3, 1, _SAME3, **shared, name="stem")(x, train))
         for stage, num_blocks in enumerate(self.stage_sizes):
             for index in range(num_blocks):
                 strides = 2 if stage > 0 and index == 0 else 1

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ur_jax.encoders.networks.layers import Dense
+from ur_jax.encoders.networks.layers import Dense, attention, gelu
 from ur_jax.errors import UserError
 from ur_jax.types import Array
 
@@ -50,11 +50,10 @@ class Block(nn.Module):
         )
         if self.first_only:
             x, query = x[:, :1], query[:, :1]
-        with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 with its float32 softmax
-            mixed = jax.nn.dot_product_attention(query, key, value)
+        mixed = attention(query, key, value)
         x = x + Dense(dim, name="mix")(mixed.reshape(x.shape))
         hidden = Dense(self.mlp_ratio * dim, name="expand")(LayerNorm(name="norm2")(x))
-        return x + Dense(dim, name="contract")(jax.nn.gelu(hidden, approximate=False))
+        return x + Dense(dim, name="contract")(gelu(hidden))
 
 
 class ViT(nn.Module):
