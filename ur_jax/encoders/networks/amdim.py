@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ur_jax.encoders.networks.forms import relu
 from ur_jax.encoders.networks.layers import Conv, average_pool, global_average
 from ur_jax.types import Array
 
@@ -29,7 +30,7 @@ class ResidualUnit(nn.Module):
         missing = self.features - x.shape[-1]
         shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (0, missing)))
         y = Conv(self.features, self.kernel_size, self.strides, name="conv1")(x)
-        return Conv(self.features, 1, name="conv2")(jax.nn.relu(y)) + shortcut
+        return Conv(self.features, 1, name="conv2")(relu(y)) + shortcut
 
 
 class AMDIM(nn.Module):
@@ -53,8 +54,8 @@ class AMDIM(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Maps images (B,H,W,3) to features (B, dimension)."""
         x = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
-        x = jax.nn.relu(Conv(self.width, 5, 2, use_bias=True, name="stem1")(x))
-        x = jax.nn.relu(Conv(self.width, 3, use_bias=True, name="stem2")(x))
+        x = relu(Conv(self.width, 5, 2, use_bias=True, name="stem1")(x))
+        x = relu(Conv(self.width, 3, use_bias=True, name="stem2")(x))
         for block, (factor, kernel_size, strides) in enumerate(_BLOCKS, start=1):
             features = factor * self.width
             x = ResidualUnit(features, kernel_size, strides, name=f"block{block}_unit0")(x)

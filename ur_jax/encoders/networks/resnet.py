@@ -6,13 +6,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from ur_jax.encoders.networks.layers import (
-    ConvNorm,
-    NormConfig,
-    global_average,
-    max_pool_3x3,
-    relu,
-)
+from ur_jax.encoders.networks.forms import max_pool_3x3, relu
+from ur_jax.encoders.networks.layers import ConvNorm, NormConfig, global_average
 from ur_jax.types import Array
 
 _SAME3 = ((1, 1), (1, 1))

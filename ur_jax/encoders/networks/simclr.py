@@ -12,13 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ur_jax.encoders.networks.forms import max_pool_3x3, relu
 from ur_jax.encoders.networks.layers import (
     Conv,
     ConvNorm,
     NormConfig,
     average_pool,
     global_average,
-    max_pool_3x3,
 )
 from ur_jax.encoders.networks.resnet import Bottleneck
 from ur_jax.types import Array
@@ -44,10 +44,10 @@ class SelectiveKernel(nn.Module):
         shared: dict[str, Any] = dict(folded=self.folded, norm=self.norm)
         features, squeezed = self.features, max(self.features // 16, 32)
         x = ConvNorm(2 * features, 3, self.strides, _SAME3, **shared, name="branches")(x, train)
-        x = jax.nn.relu(x)  # the branches lie side by side in the channels
+        x = relu(x)  # the branches lie side by side in the channels
         context = global_average(x).reshape(-1, 1, 1, 2, features).sum(3)
         context = ConvNorm(squeezed, 1, **shared, name="squeeze")(context, train)
-        logits = Conv(2 * features, 1, name="excite")(jax.nn.relu(context))
+        logits = Conv(2 * features, 1, name="excite")(relu(context))
         logits = logits.reshape(-1, 1, 1, 2, features).astype(jnp.float32)
         x = x * jax.nn.softmax(logits, axis=3).reshape(-1, 1, 1, 2 * features).astype(x.dtype)
         return x[..., :features] + x[..., features:]
@@ -65,7 +65,7 @@ class SelectiveKernelBottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         shared: dict[str, Any] = dict(folded=self.folded, norm=self.norm)
-        y = jax.nn.relu(ConvNorm(self.features, 1, **shared, name="conv1")(x, train))
+        y = relu(ConvNorm(self.features, 1, **shared, name="conv1")(x, train))
         y = SelectiveKernel(self.features, self.strides, **shared, name="select")(y, train)
         out = self.features * self.expansion
         y = ConvNorm(out, 1, **shared, name="expand")(y, train)
@@ -73,7 +73,7 @@ class SelectiveKernelBottleneck(nn.Module):
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
             x = average_pool(x, 2, self.strides)
             x = ConvNorm(out, 1, **shared, name="pooled_shortcut")(x, train)
-        return jax.nn.relu(x + y)
+        return relu(x + y)
 
 
 class SimCLRResNet(nn.Module):
@@ -104,7 +104,7 @@ class SimCLRResNet(nn.Module):
         for index, (features, size, strides) in enumerate(stem, start=1):
             padding = _SAME3 if size == 3 else _SAME7
             layer = ConvNorm(features, size, strides, padding, **shared, name=f"stem{index}")
-            x = jax.nn.relu(layer(x, train))
+            x = relu(layer(x, train))
         x = max_pool_3x3(x)
         block = SelectiveKernelBottleneck if self.selective else Bottleneck
         for stage, num_blocks in enumerate(self.stage_sizes, start=1):

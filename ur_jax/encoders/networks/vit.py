@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ur_jax.encoders.networks.layers import Dense, attention, gelu
+from ur_jax.encoders.networks.forms import attention, gelu
+from ur_jax.encoders.networks.layers import Dense
 from ur_jax.errors import UserError
 from ur_jax.types import Array
 

@@ -2,7 +2,7 @@
 
 XLA's CPU compiler brings convolutions into the form of its fast kernels in the entry computation only;
 a gradient by the input inside an attack's loop stays slow, and grouped convolutions are slow everywhere.
-So reverse mode is written out, as in `networks.layers`, whose convolution takes those that it can.
+So reverse mode is written out, as in `networks.forms`, whose convolution takes those that it can.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from ur_jax.encoders.networks.layers import _conv as square_conv
-from ur_jax.encoders.networks.layers import max_pool_3x3 as max_pool_3x3
+from ur_jax.encoders.networks.forms import convolution_2d
+from ur_jax.encoders.networks.forms import max_pool_3x3 as max_pool_3x3
 from ur_jax.types import Array
 
 Pair = tuple[int, int]
@@ -32,7 +32,7 @@ def conv(x: Array, kernel: Array, stride: Pair, pads: Pads, dilation: Pair, grou
         if size == stride:
             return _patches(x, kernel)
     if dense and size[0] == size[1] and stride[0] == stride[1]:
-        return square_conv(x, kernel, stride[0], pads, x.shape)
+        return convolution_2d(x, kernel, stride[0], pads, x.shape)
     return _conv(x, kernel, stride, pads, dilation, groups, x.shape)
 
 
