@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ur_jax.encoders.networks import forms
+from ur_jax.encoders.networks.rewritten import with_fast_gradients
 
 
 def normal(seed, *shape):
@@ -66,3 +67,33 @@ def test_a_convolution_of_1x1_is_a_product_in_both_forms(stride):
     for a, b, c in zip(by_conv(grad), by_product(grad), by_ours(grad), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
         np.testing.assert_array_equal(c, b)
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_a_users_convolutions_are_rewritten_and_stay_the_same_function(groups):
+    kernel, first = normal(0, 3, 3, 6 // groups, 6), normal(1, 6, 3, 1, 1)
+
+    @jax.jit
+    def inner(x):
+        y = jax.lax.conv_general_dilated(x, first, (1, 1), "VALID")  # NCHW
+        y = jax.nn.relu(y.transpose(0, 2, 3, 1))
+        return jax.lax.conv_general_dilated(
+            y, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )  # fmt: skip
+
+    def network(x, shift):
+        return {"mean": inner(x + shift).mean((1, 2))}, shift
+
+    x = normal(2, 2, 3, 9, 8)
+    total = lambda fn: lambda x: jnp.sum(fn(x, 0.5)[0]["mean"] ** 2)
+    rewritten = with_fast_gradients(network)
+    expected, found = network(x, 0.5), rewritten(x, 0.5)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    np.testing.assert_allclose(found[0]["mean"], expected[0]["mean"], rtol=0, atol=1e-5)
+    gradients = [jax.grad(total(fn))(x) for fn in (network, rewritten)]
+    np.testing.assert_allclose(*gradients, rtol=0, atol=1e-5 * float(jnp.abs(gradients[0]).max()))
+    text = str(jax.make_jaxpr(rewritten)(x, 0.5))
+    assert "custom_vjp" in text
+    without = lambda x: jnp.sin(x)
+    assert str(jax.make_jaxpr(with_fast_gradients(without))(x)) == str(jax.make_jaxpr(without)(x))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 import pytest
 
 import ur_jax
@@ -24,30 +25,39 @@ NETWORKS = {
     "mocov3": (vit.ViT(384, 2, 12, fixed_positions=True), (224, 224)),
     "mae": (vit.ViT(1024, 2, 16), (224, 224)),
 }
-# {jaxlib: {device: {network: (MB and kernels of an image's pass, of one of two steps)}}}
-RECORDED = {"0.10": {"h100": {}, "v5e:2x2": {}}}
+# {jaxlib: {device: {network: MB and kernels of an image's pass, and, where it is compiled, of one of
+# two steps of an attack}}}; the ViTs have the same blocks, of which one attack is enough.
+RECORDED = {
+    "0.10": {
+        "h100": {
+            "resnet50": (28.93, 38, 112.33, 269),
+            "mocov3": (16.61, 30, 57.19, 260),
+            "mae": (34.80, 30),
+        }
+    }
+}
 ALLOWED = 1.03
 
 
-def measured(name: str, device: str) -> tuple[float, int, float, int]:
+def measured(name: str, device: str) -> list[float]:
     network, size = NETWORKS[name]
     target = ahead.find(device)
     target = target._replace(devices=target.devices[:1])
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
-    variables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     encoder = ur_jax.from_fn(network.apply, variables, input_size=size, dtype="bfloat16")
     mesh = devices.data_mesh(target.devices)
     protocol = EvaluationConfig(read_at=(1,))
     found = []
     # As a user compiles: the tests' own strictness would be part of the programs.
     with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision(None):
-        for function in (
-            compiling.encoding(encoder, mesh, BATCH),
-            compiling.attack(encoder, mesh, BATCH, protocol),
-        ):
+        functions = [compiling.encoding(encoder, mesh, BATCH)]
+        if name != "mae":
+            functions.append(compiling.attack(encoder, mesh, BATCH, protocol))
+        for function in functions:
             result = ahead.compile_function(encoder, function, target)
             found += [result.bytes / 1e6, sum(k.times for k in result.kernels)]
-    return tuple(found)
+    return found
 
 
 @pytest.mark.parametrize("device", ["h100", "v5e:2x2"])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ur_jax.attacks.ball import Ball, norms
 from ur_jax.attacks.config import AttackConfig, Size
 from ur_jax.attacks.rules import RULES, Point, StepRule, better
+from ur_jax.encoders.networks.rewritten import with_fast_gradients
 from ur_jax.types import Array, PyTree
 
 _DRAWS = 0x5EED
@@ -149,8 +150,10 @@ def _gradient_fn(objective_fn, rule: StepRule):
     if not getattr(rule, "needs_gradient", True):
         return lambda attacked, keys: (jnp.zeros_like(attacked), objective_fn(attacked, keys))
 
+    fast_fn = with_fast_gradients(objective_fn)  # of a user's own convolutions, in this loop
+
     def summed(attacked, keys):
-        objective, output = objective_fn(attacked, keys)
+        objective, output = fast_fn(attacked, keys)
         return objective.sum(), (objective, output)  # images do not interact: each has its own
 
     return jax.grad(summed, has_aux=True)

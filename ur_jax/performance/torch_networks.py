@@ -84,6 +84,38 @@ class ResNet50(nn.Module):
         return x.mean((2, 3))
 
 
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a shortcut."""
+
+    def __init__(self, width: int, features: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, features, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(features)
+        self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(features)
+        self.shortcut = nn.Identity()
+        if stride > 1 or width != features:
+            conv = nn.Conv2d(width, features, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+def resnet18() -> nn.Module:
+    """An ImageNet-stem ResNet-18 up to its pooled features, with random weights."""
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    widths = (64, 64, 64, 128, 128, 256, 256, 512, 512)
+    blocks = [
+        BasicBlock(width, features, 1 if width == features else 2)
+        for width, features in zip(widths[:-1], widths[1:], strict=True)
+    ]
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), *blocks, *pool).eval()
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 

@@ -31,7 +31,16 @@ def conv(x: Array, kernel: Array, stride: Pair, pads: Pads, dilation: Pair, grou
             return x[:, :: stride[0], :: stride[1]] @ kernel[0, 0]
         if size == stride:
             return _patches(x, kernel)
-    if dense and size[0] == size[1] and stride[0] == stride[1]:
+    return convolved(x, kernel, stride, pads, dilation, groups)
+
+
+def convolved(
+    x: Array, kernel: Array, stride: Pair, pads: Pads, dilation: Pair, groups: int
+) -> Array:
+    """The same, as a convolution whatever its size."""
+    size = kernel.shape[:2]
+    is_square = size[0] == size[1] > 1 and stride[0] == stride[1]
+    if groups == 1 and dilation == (1, 1) and is_square:
         return convolution_2d(x, kernel, stride[0], pads, x.shape)
     return _conv(x, kernel, stride, pads, dilation, groups, x.shape)
 
