@@ -25,8 +25,8 @@ NETWORKS = {
     "mocov3": (vit.ViT(384, 2, 12, fixed_positions=True), (224, 224)),
     "mae": (vit.ViT(1024, 2, 16), (224, 224)),
 }
-# {jaxlib: {device: {network: MB and kernels of an image's pass, and, where it is compiled, of one of
-# two steps of an attack}}}; the ViTs have the same blocks, of which one attack is enough.
+# {jaxlib: {device: {network: MB and kernels of an image's pass, and, where it is compiled, of one
+# of two steps of an attack}}}; the ViTs have the same blocks, of which one attack is enough.
 RECORDED = {
     "0.10": {
         "h100": {

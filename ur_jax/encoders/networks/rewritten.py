@@ -66,7 +66,7 @@ def _is_slow(equation: Any) -> bool:
 
 def _is_default(precision: Any) -> bool:
     """Whether a precision is what a convolution has that asks for none."""
-    name = jax.config.jax_default_matmul_precision
+    name = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     known = name in ("default", "high", "highest")
     return precision is None or (known and precision == (jax.lax.Precision(name),) * 2)
 
