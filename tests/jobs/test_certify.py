@@ -128,6 +128,13 @@ def test_certificates_of_streams_killed_and_resumed_give_the_same_table(
     assert {row.images for row in whole.rows if row.metric != "certified_neighbour"} == {method}
     curves = list(Certify.curves(alone, whole, {}))
     assert curves and all(len(c.x) == len(c.value) for c in curves)
+    found = {(row.metric, row.radius): row.value for row in whole.rows}
+    values = list(Certify.values(alone, whole, {}))
+    compared = {(each.metric, each.radius) for each in values}
+    assert compared == {key for key in found if key[0] not in ("certified", "mean_radius")}
+    for each in values:
+        summed = np.mean if each.metric == "certified_neighbour" else np.median
+        assert summed(each.value) == pytest.approx(found[each.metric, each.radius], rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*broken")

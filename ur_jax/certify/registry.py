@@ -10,7 +10,7 @@ in a file of one's own (`--plugin file.py`) puts it on the command line of `cert
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -49,7 +49,7 @@ def _no_curves(columns: Columns) -> Iterator[Curve]:
     yield from ()
 
 
-def _no_values(columns: Columns) -> Iterator[Values]:
+def _no_values(columns: Columns, rows: Sequence[Row]) -> Iterator[Values]:
     """None."""
     yield from ()
 
@@ -70,7 +70,8 @@ class CertificateKind:
       relative: (columns, the distribution F of clean distances in `settings.divergence`) -> further
         columns, such as F of a certified distance; without it F is not computed.
       curves: columns, also the further ones -> what the report draws.
-      values: columns, also the further ones -> the values per image that encoders are compared by.
+      values: (columns, also the further ones, the rows that were reported) -> the values per image
+        that encoders are compared by.
       said: what is certified, and of which function: two sentences below the table and in the page.
       presets: {name of a preset: settings}; the first is the default, also where a preset has none.
     """
@@ -82,7 +83,7 @@ class CertificateKind:
     rows: Callable[[Columns, Any], Iterable[Row]]
     relative: Callable[[Columns, DistanceDistribution], Columns] | None = None
     curves: Callable[[Columns], Iterable[Curve]] = _no_curves
-    values: Callable[[Columns], Iterable[Values]] = _no_values
+    values: Callable[[Columns, Sequence[Row]], Iterable[Values]] = _no_values
     said: str = ""
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -304,7 +304,8 @@ class Certify(Job):
     ) -> Iterator[Values]:
         kind = CERTIFICATES.get(summary.identity.get("method", ""))
         if kind is not None:
-            yield from kind.values(runs.read_table(folder / "certificates.parquet"))
+            table = runs.read_table(folder / "certificates.parquet")
+            yield from kind.values(table, summary.rows)
 
     @classmethod
     def remarks(cls, summary: Summary) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +56,7 @@ def curves(columns: Columns) -> Iterator[Curve]:
         )  # fmt: skip
 
 
-def values(columns: Columns) -> Iterator[Values]:
+def values(columns: Columns, rows: Sequence[Row]) -> Iterator[Values]:
     """Certified divergence in each unit; infinite without a certificate."""
     for name in ("eps_out", "quantile", "normalised"):
         yield Values(f"median_{name}", columns["index"], columns[name].astype(np.float64))

@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from ur_jax.certify.joint.smoothed import certify_alone
 from ur_jax.certify.registry import CERTIFICATES, CertificateKind, Columns
 from ur_jax.runs import Row
 from ur_jax.stats import intervals
-from ur_jax.types import Curve
+from ur_jax.types import Curve, Values
 
 SAID = {
     "geometric_median": (
@@ -83,6 +83,24 @@ def rows(method: str, columns: Columns, config: StreamConfig) -> Iterator[Row]:
         for j, eps in enumerate(config.eps_in):
             estimate = median_with_infinity(values[:, j])
             yield Row.of(metric, estimate, radius=eps, images=method)
+
+
+def values(method: str, columns: Columns, rows: Sequence[Row]) -> Iterator[Values]:
+    """What is certified of each image at each eps_in; infinite, or no cosine, without."""
+    for name, metric in _ROWS.items():
+        radii = [row.radius for row in rows if row.metric == metric and row.images == method]
+        for j, radius in enumerate(radii):
+            each = np.stack(list(columns[name]))[:, j].astype(np.float64)
+            yield Values(metric, columns["index"], each, radius=radius, images=method)
+
+
+def neighbour_values(columns: Columns, rows: Sequence[Row]) -> Iterator[Values]:
+    """Whether the nearest direction of each image is the right one, certified within a radius."""
+    right = ~columns["abstained"] & (columns["predicted"] == columns["label"])
+    for row in rows:
+        if row.metric == "certified_neighbour":
+            hits = right & (columns["radius"] >= row.radius)
+            yield Values(row.metric, columns["index"], hits.astype(np.float64), radius=row.radius)
 
 
 def curves(method: str, columns: Columns) -> Iterator[Curve]:
@@ -152,7 +170,7 @@ def neighbour_curves(columns: Columns) -> Iterator[Curve]:
 
 def _register(
     name: str, settings: type[StreamConfig], smooths: Any, rows: Callable, curves: Callable,
-    relative: Callable | None,
+    values: Callable, relative: Callable | None,
 ) -> None:  # fmt: skip
     """One kind, with the presets of all."""
     CERTIFICATES.register(
@@ -165,6 +183,7 @@ def _register(
             rows=rows,
             relative=relative,
             curves=curves,
+            values=values,
             said=SAID[name],
             presets={
                 "adaptive": settings(adaptive=True),
@@ -182,5 +201,9 @@ for _name, _settings, _curves in (
     ("mean", MeanConfig, functools.partial(curves, "mean")),
     ("cosine", CosineConfig, cosine_curves),
 ):
-    _register(_name, _settings, "encoder", functools.partial(rows, _name), _curves, relative)
-_register("neighbour", NeighbourConfig, "directions", neighbour_rows, neighbour_curves, None)
+    _rows, _values = functools.partial(rows, _name), functools.partial(values, _name)
+    _register(_name, _settings, "encoder", _rows, _curves, _values, relative)
+_register(
+    "neighbour", NeighbourConfig, "directions", neighbour_rows, neighbour_curves, neighbour_values,
+    None,
+)  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def curves(columns: Columns) -> Iterator[Curve]:
     yield Curve(name, what, "l2 radius (pixel units)", what, caption, x, share, kind="step")
 
 
-def values(columns: Columns) -> Iterator[Values]:
+def values(columns: Columns, rows: Sequence[Row]) -> Iterator[Values]:
     """Whether each image is certified at a radius; with labels, and classified right."""
     index, label, radius = columns["index"], columns["label"], columns["radius"]
     counted, name = ~columns["abstained"], "certified"
