@@ -19,7 +19,7 @@ _GIB = 2**30
 def table(target: Target, results: Sequence[Compiled]) -> Table:
     """The results, a line per function."""
     shown = Table(title=f"Compiled for {target.name}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.add_column("encoder, function", min_width=20)
+    shown.add_column("encoder, function", min_width=15)
     memory = "GiB" if target.memory is None else f"GiB of {target.memory / _GIB:.0f}"
     for column in ("per", "kernels", "GFLOP", "MB", "at most", memory):
         shown.add_column(column, justify="right", no_wrap=True)
