@@ -96,5 +96,5 @@ def test_the_full_size_is_a_preset_of_its_own(data, tmp_path):
     assert (certificates.num_images, certificates.randomized.n) == (500, 100_000)
     with pytest.raises(UserError, match="'fair'; did you mean 'fare'"):
         reproduce_cifar.training(config, "fair")
-    with pytest.raises(UserError, match="lore@RHO with a number, got 'lore@x'"):
+    with pytest.raises(UserError, match="lore@RHO with a number above 0, got 'lore@x'"):
         reproduce_cifar.training(config, "lore@x")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-from ur_jax import devices
+from ur_jax import devices, training
 from ur_jax.training import operations as ops
 from ur_jax.training import views
 
@@ -382,3 +382,13 @@ def test_input_errors():
     for wrong in (jnp.zeros(2, jnp.uint32), jax.random.split(KEY, 3)):
         with pytest.raises(ValueError, match="Expected one typed key"):
             augment(images, wrong, config=views.PROBE)
+
+
+def test_noise_is_of_its_size_and_changes_no_other_stream():
+    images, key = jnp.full((8, 16, 16, 3), 0.5), jax.random.key(0)
+    noisy = views.augment(images, key, config=only(noise=0.1))
+    assert abs(float(jnp.std(noisy)) - 0.1) < 0.005  # 6144 numbers: 5 standard errors
+    assert abs(float(jnp.mean(noisy)) - 0.5) < 0.007
+    assert not np.array_equal(noisy[0], noisy[1])
+    first, _ = training.LoreConfig(noise=0.25).views((16, 16))
+    assert first.noise == 0.25 and training.FareConfig().views((16, 16))[0].noise == 0.0

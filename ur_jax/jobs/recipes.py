@@ -26,7 +26,7 @@ def recipe(name: str) -> Train:
         try:
             method = LoreConfig(rho=float(rho))
         except ValueError:
-            raise UserError(f"Expected lore@RHO with a number, got {name!r}.") from None
+            raise UserError(f"Expected lore@RHO with a number above 0, got {name!r}.") from None
         made, rate = dataclasses.replace(PRESETS[kind], method=method), 1e-3
     elif name in ATTACKS:
         made, rate = Train(attack=name), 0.03  # pyright: ignore[reportArgumentType]

@@ -142,7 +142,7 @@ class Train(Job):
             **asked,
             "representation": self.representation,
             "dtype": self.dtype,
-            "method": {"name": self.method.name, **dataclasses.asdict(self.method)},  # pyright: ignore
+            "method": {"name": self.method.name, **_plain(self.method)},
             "adversary": None if self.attack == "none" else dataclasses.asdict(self.adversary),
         }
 
@@ -356,6 +356,12 @@ class Train(Job):
             return
         known = {"encoder": begun.spec.name, "config": begun.config}
         checkpoints.save_encoder(path, trained, known | record)
+
+
+def _plain(method: MethodConfig) -> dict[str, Any]:
+    """A method's settings; noise that there is none of is left out, as before it could be."""
+    plain = dataclasses.asdict(method)  # pyright: ignore[reportArgumentType]
+    return {k: v for k, v in plain.items() if (k, v) != ("noise", 0.0)}
 
 
 def _draw_samples(out: Path, epoch: int, samples: Any) -> None:

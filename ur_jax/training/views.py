@@ -38,6 +38,10 @@ _NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factors of the operations that change not
 _SWITCHES = ("jitter", "grey", "blur", "solarize", "flip")
 
 
+_NOISE = 0x4015E
+"""The stream of a view's noise, apart from that of its other parameters."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
     """The distribution of one random view.
@@ -54,6 +58,8 @@ class AugmentConfig:
       blur_sigma: range of the Gaussian's standard deviation in pixels of the view, > 0.
       solarize_probability: how often values of at least 1/2 are inverted.
       flip_probability: how often left and right are exchanged.
+      noise: standard deviation of Gaussian noise on the finished view, before it is clipped to
+        [0,1], in [0, 1].
 
     Raises:
       ValueError: a field is outside its range.
@@ -72,6 +78,7 @@ class AugmentConfig:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_probability: float = 0.0
     flip_probability: float = 0.5
+    noise: float = 0.0
 
     def __post_init__(self):
         check_types(self)
@@ -88,7 +95,7 @@ class AugmentConfig:
                     f"Expected {name} as (low, high) with 0 < low <= high"
                     f"{' <= 1' if limit == 1 else ''}, got {bounds!r}; order and scale the two."
                 )
-        for name in (*_OPERATIONS, *(f"{switch}_probability" for switch in _SWITCHES)):
+        for name in (*_OPERATIONS, *(f"{s}_probability" for s in _SWITCHES), "noise"):
             limit = 0.5 if name == "hue" else 1.0
             if not 0 <= getattr(self, name) <= limit:
                 raise UserError(
@@ -210,7 +217,12 @@ def augment(images: Array, key: Key, *, config: AugmentConfig) -> Array:
     if key.ndim == 0:
         key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     sample = functools.partial(sample_view, height=height, width=width, config=config)
-    return _apply(images, jax.vmap(sample)(key), config)
+    views = _apply(images, jax.vmap(sample)(key), config)
+    if config.noise > 0:
+        own = jax.vmap(jax.random.fold_in, (0, None))(key, _NOISE)
+        draw = lambda key: jax.random.normal(key, views.shape[1:])
+        views = jnp.clip(views + config.noise * jax.vmap(draw)(own), 0, 1)
+    return views
 
 
 def _apply(images: Array, view: View, config: AugmentConfig) -> Array:

@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from ur_jax.checks import check_number
 from ur_jax.encoders.base import Encoder
 from ur_jax.errors import UserError
 from ur_jax.training.methods.base import MethodConfig, Start, check_dtype, register
@@ -19,13 +20,23 @@ from ur_jax.types import Key, PyTree
 @register("fare")
 @dataclasses.dataclass(frozen=True)
 class FareConfig(MethodConfig):
-    """FARE has no settings of its own: its attack and its optimizer are the command's."""
+    """Settings of FARE; its attack and its optimizer are the command's.
+
+    Attributes:
+      noise: Standard deviation of Gaussian noise on the views, for encoders that will be smoothed.
+    """
+
+    noise: float = 0.0
 
     needs_init: ClassVar[bool] = True  # it keeps a trained encoder's outputs
     takes_representation: ClassVar[bool] = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_number(self, "noise", least=0.0, most=1.0)
+
     def views(self, size: tuple[int, int]) -> tuple[AugmentConfig, None]:
-        return FARE.at(size), None
+        return dataclasses.replace(FARE.at(size), noise=self.noise), None
 
     def make(self, start: Start) -> tuple[Fare, PyTree]:
         encoder = start.encoder()

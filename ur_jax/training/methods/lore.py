@@ -24,6 +24,7 @@ class LoreConfig(FareConfig):
     """Settings of LORE.
 
     Attributes:
+      noise: As of fare.
       rho: Squared distance that a clean representation may move, over its squared length.
       primal_steps: Steps of the encoder for each step of the dual network.
       dual_rate: Learning rate of the dual network.

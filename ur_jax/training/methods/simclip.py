@@ -17,7 +17,11 @@ from ur_jax.types import PyTree
 @register("simclip")
 @dataclasses.dataclass(frozen=True)
 class SimClipConfig(FareConfig):
-    """Sim-CLIP has no settings of its own: its attack and its optimizer are the command's."""
+    """Settings of Sim-CLIP; its attack and its optimizer are the command's.
+
+    Attributes:
+      noise: As of fare.
+    """
 
     needs_random_start: ClassVar[bool] = True  # at the image itself its gradient is 0
 
