@@ -7,9 +7,8 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
-import grain
 import numpy as np
 from absl import flags
 
@@ -18,6 +17,9 @@ from ur_jax.data.pixels import check_preparation, check_size, prepare
 from ur_jax.data.reading import NOT_THE_IMAGE
 from ur_jax.data.sources import ImageSource, read
 from ur_jax.errors import UserError, shown
+
+if TYPE_CHECKING:
+    import grain
 
 _LARGEST_BATCH = 4096  # that there may be for fewer images
 
@@ -281,6 +283,8 @@ def _dataset(
     source, indices, *, input_size, preparation, batch_size, num_workers, start
 ) -> grain.IterDataset:
     """Checks the arguments and builds the Grain pipeline of uint8 batches."""
+    import grain  # takes as long as JAX
+
     check_type("source", source, ImageSource)
     indices = checked_indices(source, indices)
     check_preparation(preparation)

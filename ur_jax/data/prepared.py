@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from ur_jax.data.identity import content_digest, hash_files
 from ur_jax.data.pixels import decode
@@ -42,6 +41,8 @@ class TfdsSource(ImageSource):
     """
 
     def __init__(self, name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None):
+        import tensorflow_datasets as tfds  # takes half as long as JAX, and is seldom needed
+
         self.spec = f"tfds:{name}/{split}"
         builder = _prepared_builder(self.spec, name, data_dir)
         features: dict[str, Any] = dict(builder.info.features or {})  # type: ignore[arg-type]
@@ -127,6 +128,8 @@ class TfdsSource(ImageSource):
 
 def _prepared_builder(spec: str, name: str, data_dir: str | os.PathLike[str] | None):
     """Returns the builder of a data set on disk, or raises with what to do about it."""
+    import tensorflow_datasets as tfds
+
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or None
     if data_dir is not None and (Path(data_dir) / "dataset_info.json").is_file():
         builder = tfds.builder_from_directory(data_dir)
