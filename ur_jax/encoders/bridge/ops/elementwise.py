@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ur_jax.encoders.bridge.ops.table import dtype_of, row
+from ur_jax.encoders.networks import forms
 
 
 def _unary(name, function):
@@ -50,7 +51,7 @@ for _name, _function in {
     "mish": lambda x: x * jnp.tanh(jax.nn.softplus(x)),
     "neg": jnp.negative,
     "reciprocal": lambda x: 1.0 / x,
-    "relu": lambda x: jax.nn.relu(x),
+    "relu": forms.relu,
     "relu6": lambda x: jnp.clip(x, 0, 6),
     "round": jnp.round,
     "rsqrt": lambda x: jax.lax.rsqrt(_floating(x)),
@@ -185,7 +186,7 @@ def clamp_max(self, max):
 
 @row('aten::gelu(Tensor self, *, str approximate="none") -> Tensor')
 def gelu(self, approximate="none"):
-    return jax.nn.gelu(self, approximate=approximate == "tanh")
+    return jax.nn.gelu(self, approximate=True) if approximate == "tanh" else forms.gelu(self)
 
 
 @row("aten::elu(Tensor self, Scalar alpha=1, Scalar scale=1, Scalar input_scale=1) -> Tensor")

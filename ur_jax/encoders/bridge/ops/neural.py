@@ -14,6 +14,7 @@ import numpy as np
 
 from ur_jax.encoders.bridge.ops import convolution
 from ur_jax.encoders.bridge.ops.table import narrow, row, sized
+from ur_jax.encoders.networks import forms
 
 
 @row("aten::linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
@@ -180,6 +181,9 @@ def sdpa(
 def attention(query, key, value, mask=None, is_causal=False, scale=None):
     """Of (batch, length, heads, width), as JAX's own attention has them."""
     query, key, value = narrow(query, key, value)
+    is_plain = mask is None and not is_causal and query.dtype == key.dtype == value.dtype
+    if is_plain and (scale is None or math.isclose(scale, query.shape[-1] ** -0.5)):
+        return forms.attention(query, key, value)
     kinds: dict[str, Any] = {}
     if mask is not None:
         mask = jnp.reshape(mask, (*(1,) * (4 - mask.ndim), *mask.shape))
