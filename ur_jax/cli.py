@@ -158,8 +158,8 @@ def _run(name: str, words: Sequence[str], launch: Launch | None, ending: endings
     console.quiet = not hosts.is_first()
     ending.flags = parse(command, words, prog=f"ur-jax {name}")
     data.check_workers(getattr(ending.flags, "num_workers", 0))
-    for place in ("out", "clean"):
-        check_place(f"--{place}", getattr(ending.flags, place, None))
+    for place in ("out", "clean", "image_cache"):
+        check_place(f"--{place.replace('_', '-')}", getattr(ending.flags, place, None))
     return int(command.main(ending.flags) or 0)
 
 
@@ -189,6 +189,7 @@ def job_command(job: type[Job]) -> Command:
             ("out", Path | None if job.out_is_optional else Path, dataclasses.field(default=out)),
             *preset,
             ("clean", Path | None, dataclasses.field(default=None)),
+            ("image_cache", Path | None, dataclasses.field(default=None)),
             ("num_workers", int, dataclasses.field(default=0)),
         ],
         frozen=True,
@@ -199,6 +200,8 @@ def job_command(job: type[Job]) -> Command:
       out: Folder of the results; a run that stopped there goes on.
       preset: {", ".join(job.presets)}.
       clean: Folder of clean representations that several runs share; --out keeps its own otherwise.
+      image_cache: Folder of decoded images that runs share, encoders and hosts too: an image is
+        decoded once for an input size and preparation. It changes no number and may be deleted.
       num_workers: Processes that decode images; more than 0 pays on many cores.
     """
     presets = {name: flags(job=preset, preset=name) for name, preset in job.presets.items()}
@@ -209,7 +212,12 @@ def job_command(job: type[Job]) -> Command:
 
 def run_job(flags: Any) -> None:
     """Runs a job and prints its summary."""
-    summary = flags.job.run(flags.out, bank=flags.clean, num_workers=flags.num_workers)
+    summary = flags.job.run(
+        flags.out,
+        bank=flags.clean,
+        image_cache=flags.image_cache,
+        num_workers=flags.num_workers,
+    )
     console.print(summary)
     for remark in JOBS[summary.job].remarks(summary):
         console.print(remark, markup=False, highlight=False)

@@ -34,6 +34,7 @@ PIXELS = np.zeros((4, 4, 3), np.uint8)
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "open_images": (data.open_images, {"spec": "demo"}),
     "FolderSource": (data.FolderSource, {"place": "."}),
+    "CachedImages": (data.CachedImages, {"source": GIVEN, "folder": "cache"}),
     "DemoSource": (data.DemoSource, {"place": ""}),
     "evenly_spaced": (data.evenly_spaced, {"total": 5, "n": 3}),
     "check_workers": (data.check_workers, {"num_workers": 0}),

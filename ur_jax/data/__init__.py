@@ -22,6 +22,7 @@ from ur_jax.data.batches import (
     image_batches_uint8,
     load_uint8,
 )
+from ur_jax.data.cached import CachedImages
 from ur_jax.data.corruptions import CORRUPTIONS, Corruption, ViewConfig, corruption
 from ur_jax.data.demo import DemoSource
 from ur_jax.data.folder import FolderSource
@@ -43,6 +44,7 @@ from ur_jax.data.sources import SOURCES, Example, ImageSource, open_images
 __all__ = [
     "ArrayImages",
     "CORRUPTIONS",
+    "CachedImages",
     "PREPARATIONS",
     "SOURCES",
     "Corruption",

@@ -13,9 +13,9 @@ import numpy as np
 from absl import flags
 
 from ur_jax.checks import check_type, whole_number
-from ur_jax.data.pixels import check_preparation, check_size, prepare
-from ur_jax.data.reading import NOT_THE_IMAGE
-from ur_jax.data.sources import ImageSource, read
+from ur_jax.data.cached import prepare_all
+from ur_jax.data.pixels import check_preparation, check_size
+from ur_jax.data.sources import ImageSource
 from ur_jax.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -259,19 +259,15 @@ class _Batches:
         labels = np.full(size, -1, np.int32)
         mask = np.zeros(size, bool)
         unreadable = []
-        for row, image in enumerate(map(int, chosen)):
-            try:
-                example = read(self._source, image)
-                images[row] = prepare(
-                    example.pixels, input_size=self._input_size, preparation=self._preparation
-                )
-            except NOT_THE_IMAGE:
-                raise
-            except Exception as error:  # Pillow alone raises a dozen kinds for damaged files
-                reason = f"{type(error).__name__}: {error}"
-                unreadable.append(Unreadable(self._source.name(image), reason))
+        prepared = prepare_all(
+            self._source, chosen.tolist(),
+            input_size=self._input_size, preparation=self._preparation,
+        )  # fmt: skip
+        for row, (pixels, label, reason) in enumerate(prepared):
+            if pixels is None:
+                unreadable.append(Unreadable(self._source.name(int(chosen[row])), reason))
             else:
-                labels[row], mask[row] = example.label, True
+                images[row], labels[row], mask[row] = pixels, label, True
         last = len(chosen) - 1
         images[last + 1 :], labels[last + 1 :] = images[last], labels[last]
         padded = np.concatenate([chosen, np.repeat(chosen[-1:], size - len(chosen))])

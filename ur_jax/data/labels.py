@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ur_jax.data.cached import CachedImages
 from ur_jax.data.sources import ImageSource
 from ur_jax.errors import UserError, unknown_name
 
@@ -35,7 +36,8 @@ def check_labelled(source: ImageSource, indices: np.ndarray) -> None:
     A source whose labels come with its images is not asked, since it would read them all: of such
     a source, `labels_of` finds them where they are read.
     """
-    if type(source).label is ImageSource.label:
+    origin = source.source if isinstance(source, CachedImages) else source
+    if type(origin).label is ImageSource.label:
         return
     missing = [int(index) for index in indices if source.label(int(index)) < 0]
     if missing:

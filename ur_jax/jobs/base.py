@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import jax
 import numpy as np
@@ -178,6 +178,13 @@ class Job(abc.ABC):
             changes[field] = data.as_source(getattr(self, field))
         return dataclasses.replace(self, **changes)
 
+    def with_image_cache(self, folder: str | os.PathLike | None) -> Self:
+        """This job, `opened`, with its images decoded once for all jobs that share a folder."""
+        if folder is None:
+            return self
+        sources = {f: data.CachedImages(self.source(f), folder) for f in self.image_fields}
+        return dataclasses.replace(self, **cast(dict[str, Any], sources))
+
     def settled(self, begun: Mapping[str, Any], mesh: Mesh) -> Self:
         """This job with what is found out on the machine, such as a batch size that fits.
 
@@ -276,6 +283,7 @@ class Job(abc.ABC):
         out: str | os.PathLike | None = None,
         *,
         bank: Path | None = None,
+        image_cache: str | os.PathLike | None = None,
         num_workers: int = 0,
         progress: Progress = watched,
         plots: bool = True,
@@ -285,6 +293,7 @@ class Job(abc.ABC):
         Args:
           out: the folder of the results; a run that stopped there goes on. None keeps nothing.
           bank: folder of clean representations that jobs on the same encoder share.
+          image_cache: folder of decoded images, see `data.CachedImages`; it changes no number.
           num_workers: processes that load images.
           progress: shows progress; `progress.quiet` shows none.
           plots: also draw.
@@ -302,7 +311,7 @@ class Job(abc.ABC):
                 mesh = devices.data_mesh()
                 claim = path / "config.json"
                 begun = runs.read_json(claim) if claim.exists() else {}
-                job = self.opened().settled(begun, mesh)
+                job = self.opened().with_image_cache(image_cache).settled(begun, mesh)
                 data.check_workers(num_workers)
                 job.check(mesh)
                 for remark in () if begun else job.doubt():

@@ -65,6 +65,9 @@ class Config:
     """paper, backbone, projection or another output of the network; probes read `features`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation."""
+    image_cache: Path | None = None
+    """Folder of decoded images that all stages and encoders share: an image is decoded once for an
+    input size and preparation. It changes no number and may be deleted."""
     num_workers: int = 0
     """Processes that decode images; more than 0 pays on many cores."""
     protocol: EvaluationConfig = EvaluationConfig()
@@ -289,7 +292,10 @@ def _stage(
         planned.stage,
         {} if encoder is None else known.request,
         lambda: job.run(
-            folder / planned.stage, bank=folder / "clean", num_workers=cell.config.num_workers
+            folder / planned.stage,
+            bank=folder / "clean",
+            image_cache=cell.config.image_cache,
+            num_workers=cell.config.num_workers,
         ),
         requires=planned.requires,
         samples=known.samples if is_planned else 0,

@@ -94,7 +94,8 @@ def main(config: Config) -> int:
             raise NotFoundError(f"Expected --data with a folder {split}/ in it, got {config.data}.")
     for name in config.fine_tunings:
         console.rule(f"training: {name}")
-        training(config, name).run(place(config, name))
+        cache = config.benchmark.image_cache
+        training(config, name).run(place(config, name), image_cache=cache)
     status = benchmark.main(measured(config))
     from ur_jax.report import collect, compare, terminal  # above the jobs, which they read
 
