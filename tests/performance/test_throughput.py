@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny_encoder
 
-from ur_jax import performance
+from ur_jax import performance, runs
+from ur_jax.errors import UserError
 from ur_jax.performance import command as script
-from ur_jax.performance import suite, timing, work
+from ur_jax.performance import history, suite, timing, work
 
 
 def test_workloads_are_timed_by_turns():
@@ -58,6 +59,38 @@ def test_the_script_writes_a_table_that_can_be_shown_again(tmp_path, monkeypatch
     script.main(elsewhere)
     assert (tmp_path / "other" / "throughput.png").stat().st_size > 1000
     assert "center" in capsys.readouterr().out
+
+
+def test_a_measurement_is_recorded_and_shown_in_the_history(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "history.jsonl"
+    monkeypatch.setattr(history, "PATH", path)
+    monkeypatch.setenv("COLUMNS", "200")
+    case = ("forward", "resnet50", "float32", 8)
+    rest = (1.0, 1.0, 0.5, 0.1, 0.1, None, None, None)
+    ours = suite.Result(*case, work.NAME, "images/s", 123.456789, *rest, 6.25e7, 1.0, "")
+    other = suite.Result(*case, "torch", "images/s", 100.0, *rest, None, 1.2345678, "")
+    versions = {"jax": "0.0.1", "torch": "9.9"}
+    context = {"date": "2000-01-01", "device": "abacus", "num_devices": 3, "versions": versions}
+    measured = tmp_path / "throughput.json"
+    runs.write_json(measured, {**context, "left_out": [], "results": [ours, other]})
+    for note in ("idle", "not\nidle"):
+        script.main(script.Config(out=tmp_path, results=measured, record=note))
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert (first["note"], second["note"], first["results"]) == (
+        "idle", "not idle", second["results"]
+    )  # fmt: skip
+    assert [r["rate"] for r in first["results"]] == [123.46, 100.0]
+    capsys.readouterr()
+    script.main(script.Config(history=True))
+    shown = capsys.readouterr().out
+    for text in ("3 x abacus", "jax 0.0.1, torch 9.9", "123.5 images/s", "62.5", "1.23 torch"):
+        assert shown.count(text) == 2
+    with pytest.raises(UserError, match="what else the machine was doing as --record, got ' '"):
+        script.main(script.Config(record=" "))
+    with open(path, "a") as file:
+        file.write('{"date": 1}\n')
+    with pytest.raises(UserError, match="line 3 is no measurement.*Take that line out"):
+        script.main(script.Config(history=True))
 
 
 def test_training_is_measured_on_a_network_of_its_own_head():

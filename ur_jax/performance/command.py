@@ -1,6 +1,7 @@
 """How fast it is on this machine's devices, beside their peaks and, with --against torch, PyTorch.
 
     ur-jax throughput --against torch --out runs/throughput
+    ur-jax throughput --history                # what was recorded, over time
 
 Writes to --out: `throughput.json` and `throughput.png`. Where only the core is installed (no tyro,
 no matplotlib), `python -m ur_jax.performance` measures the same; --results shows what it wrote.
@@ -13,12 +14,16 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from ur_jax import performance, runs
 from ur_jax.encoders import loading
 from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import NotFoundError, UserError
+from ur_jax.performance import history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,11 @@ class Config:
     """Seconds after which no further case begins."""
     results: Path | None = None
     """A throughput.json measured elsewhere: shows it and draws its plot, and measures nothing."""
+    record: str | None = None
+    """Adds a line to the history in the tree, with what else the machine was doing in these words:
+    "nothing else running"."""
+    history: bool = False
+    """Print the history and stop."""
 
 
 PRESETS = {name: Config(preset=name) for name in performance.PRESETS}
@@ -59,8 +69,15 @@ def main(config: Config) -> None:
     for encoder in config.encoders:
         if encoder not in ENCODERS:  # one of one's own, before the others are measured
             loading.load_encoder(encoder)
+    if config.history:
+        show_history()
+        return
+    if config.record is not None:
+        history.check_note(config.record)
     if config.results is not None:
-        show(config, *read(config.results))
+        measured = read(config.results)
+        show(config, *measured)
+        record(config, *measured)
         return
 
     def write(results, context):
@@ -68,9 +85,11 @@ def main(config: Config) -> None:
         runs.write_json(path, {**context, "results": results})
         Console().print(f"{results[-1].work}: {len(results)} measurements so far")
 
-    show(config, *performance.run(
+    measured = performance.run(
         sweeps(config), against=config.against, budget=config.budget, on_results=write
-    ))  # fmt: skip
+    )
+    show(config, *measured)
+    record(config, *measured)
 
 
 def read(path: Path) -> tuple[list[performance.Result], dict]:
@@ -94,6 +113,24 @@ def sweeps(config: Config) -> list[performance.Sweep]:
     names = ("works", "encoders", "dtypes", "batch_sizes", "repeats")
     given = {name: value for name in names if (value := getattr(config, name))}
     return [dataclasses.replace(preset[0], **given)] if given else list(preset)
+
+
+def record(config: Config, results: list[performance.Result], context: dict) -> None:
+    """Adds the measurement to the history, if that is asked for."""
+    if config.record is not None:
+        history.append(history.line(results, context, config.record))
+        Console().print(f"Recorded in {history.PATH}", highlight=False, soft_wrap=True)
+
+
+def show_history() -> None:
+    """Prints the history."""
+    table = Table(title="throughput over time", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in history.COLUMNS:
+        table.add_column(column)
+    for line in history.read():
+        for row in history.rows(line):
+            table.add_row(*map(escape, row))
+    Console().print(table)
 
 
 def show(config: Config, results: list[performance.Result], context: dict) -> None:

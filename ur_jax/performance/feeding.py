@@ -1,0 +1,88 @@
+"""How fast images are decoded, and read from a cache: images per second of a core.
+
+    python -m ur_jax.performance.feeding --images folder:photos --input-size 224 224
+
+Three passes over the same images, as every job makes them: from the source, from the source into
+a new cache (`--image-cache`), from that cache. A rate is over processor seconds, which other
+programs disturb less than the clock; what is waited for, a disk say, shows in the clock alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+import warnings
+from typing import NamedTuple
+
+from ur_jax import data
+from ur_jax.data import CachedImages, ImageSource
+
+
+class Rate(NamedTuple):
+    """Images per second of a core's time, and of the clock."""
+
+    core: float
+    clock: float
+
+
+def rate(
+    source: ImageSource,
+    *,
+    input_size: tuple[int, int],
+    preparation: str = "resize",
+    num_images: int | None = None,
+    batch_size: int = 256,
+) -> Rate:
+    """Loads images once, in threads of this process.
+
+    Args:
+      source: the images.
+      input_size, preparation: see `data.prepare`.
+      num_images: evenly spaced ones; all by default.
+      batch_size: images per batch.
+    """
+    indices = data.evenly_spaced(len(source), num_images or len(source))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # unreadable images
+        began, worked = time.perf_counter(), time.process_time()
+        for _ in data.image_batches_uint8(
+            source, indices, input_size=input_size, preparation=preparation, batch_size=batch_size
+        ):
+            pass
+        worked, seconds = time.process_time() - worked, time.perf_counter() - began
+    return Rate(len(indices) / worked, len(indices) / seconds)
+
+
+def main() -> None:
+    """Prints the rates."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ur_jax.performance.feeding", description=__doc__
+    )
+    parser.add_argument("--images", default="demo")
+    parser.add_argument("--input-size", nargs=2, type=int, default=(224, 224))
+    parser.add_argument("--preparation", default="resize")
+    parser.add_argument("--num-images", type=int)
+    args = parser.parse_args()
+    began = time.perf_counter()
+    source = data.open_images(args.images)
+    listed = time.perf_counter() - began
+    print(f"listing {len(source)} images: {listed:.2f} s")
+    began = time.perf_counter()
+    content = source.content_hash
+    print(f"their content hash {content}: {time.perf_counter() - began:.2f} s")
+    how = {"input_size": tuple(args.input_size), "preparation": args.preparation,
+           "num_images": args.num_images}  # fmt: skip
+    rate(source, **{**how, "num_images": 1})  # imports
+    with tempfile.TemporaryDirectory() as folder:
+        kept = CachedImages(source, folder)
+        plain, written, read = (rate(each, **how) for each in (source, kept, kept))
+    for name, found in (("decoded", plain), ("into a cache", written), ("from it", read)):
+        print(
+            f"{name}: {found.core:.0f} images/s per core ({found.core / plain.core:.2f} of the "
+            f"first), {found.clock:.0f} by the clock"
+        )
+
+
+if __name__ == "__main__":
+    main()
