@@ -120,7 +120,7 @@ def test_certificates_of_streams_killed_and_resumed_give_the_same_table(
     job, alone, killed = make(photos, config=STREAMS[method]), tmp_path / "a", tmp_path / "b"
     whole = job.run(alone, progress=quiet)
     summary, deaths = run_killed(job, killed, monkeypatch)
-    assert deaths == 5 and summary.rows == whole.rows
+    assert deaths == 5 and repr(summary.rows) == repr(whole.rows)
     for name in ("certificates.parquet", "summary.json"):
         assert (alone / name).read_bytes() == (killed / name).read_bytes()
     said = " ".join(Certify.remarks(whole))
@@ -153,7 +153,7 @@ def test_killed_and_resumed_gives_the_same_table(photos, tmp_path, monkeypatch, 
     job, alone, killed = make(photos, **changes), tmp_path / "alone", tmp_path / "killed"
     whole = job.run(alone, progress=quiet)
     summary, deaths = run_killed(job, killed, monkeypatch)
-    assert deaths == 5 and summary.rows == whole.rows
+    assert deaths == 5 and repr(summary.rows) == repr(whole.rows)
     for name in ("certificates.parquet", "summary.json"):
         assert (alone / name).read_bytes() == (killed / name).read_bytes()
     rows = certificates(alone)
@@ -223,7 +223,7 @@ def test_another_number_of_hosts_goes_on_and_progress_counts_images(photos, tmp_
         ["certificates", 4, 4],
         ["certificates", 9, 8],
     ]
-    assert job.merge(Session(resumed)).rows == alone.rows
+    assert repr(job.merge(Session(resumed)).rows) == repr(alone.rows)
     tables = [tmp_path / out / "certificates.parquet" for out in ("alone", "resumed")]
     assert tables[0].read_bytes() == tables[1].read_bytes()
 
@@ -280,7 +280,7 @@ def test_labels_are_compared_by_name(tmp_path):
     # A live one, of a notebook, and a class by another name.
     renamed = save(tmp_path / "renamed", classes=["a", "bee"])
     job = make(renamed, num_images=8, config=RANDOMIZED, probe=probe, class_map=("bee=b",), seed=0)
-    assert job.run(progress=quiet).rows == summary.rows
+    assert repr(job.run(progress=quiet).rows) == repr(summary.rows)
     requires = make(images, config=RANDOMIZED, probe=where).opened().identity["requires"]
     assert requires == job.opened().identity["requires"] and len(requires) == 2
 
