@@ -93,6 +93,11 @@ def test_a_measurement_is_recorded_and_shown_in_the_history(tmp_path, monkeypatc
         script.main(script.Config(history=True))
 
 
+def test_what_is_recorded_in_the_tree_can_be_shown():
+    lines = history.read()
+    assert lines and all(line["note"] for line in lines)
+
+
 def test_training_is_measured_on_a_network_of_its_own_head():
     size = work.Size("demo", "float32", 8, 1, 1, 1, 1)
     with tiny_encoder.stands_for_demo():
