@@ -30,6 +30,7 @@ NEVER_BAD = {
     ("step", "1" + "0" * 30),  # all samples at once
     ("first", None),  # of a benchmark without a probe
     ("second", None),
+    ("record", None),  # words
 }
 """(last part of a flag or COMMAND.FLAG, value) of values that are meant; None for all."""
 
