@@ -6,7 +6,10 @@ Skipped where transformers or timm is not installed: pip install "ur_jax[hf,timm
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import os
+import tarfile
 from typing import Any
 
 import jax
@@ -129,6 +132,16 @@ def pictures():
         yield Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
+@pytest.fixture(scope="module")
+def photographs(shared_dir):
+    """A few real ones; `UR_JAX_PHOTOGRAPHS=250` takes all."""
+    with tarfile.open(shared_dir / "data" / "photos.tar") as file:
+        members = [m for m in file if m.isfile() and m.name.lower().endswith((".jpg", ".jpeg"))]
+        chosen = members[:: max(1, len(members) // int(os.environ.get("UR_JAX_PHOTOGRAPHS", "4")))]
+        read = lambda member: Image.open(io.BytesIO(file.extractfile(member).read()))  # pyright: ignore
+        return [read(member).convert("RGB") for member in chosen]
+
+
 def processors():
     """Pillow processors of transformers, with their settings as they are saved."""
     for family, kind, settings in (
@@ -144,25 +157,25 @@ def processors():
         yield getattr(module, f"{kind}ImageProcessorPil")(**settings)
 
 
-def test_images_are_transformers_byte_for_byte(order):
+def test_images_are_transformers_byte_for_byte(order, photographs):
     packages.import_transformers()
     for processor in processors():
         images = families.images_of_processor(processor.to_dict(), "it")
-        for picture in pictures():
+        for picture in (*pictures(), *photographs):
             plain = {"do_normalize": False, "do_rescale": False}
             want = order(lambda: processor(picture, **plain)["pixel_values"][0])  # noqa: B023
             got = data.prepare(picture, input_size=images.size, preparation=images.preparation)
             np.testing.assert_array_equal(np.moveaxis(np.asarray(want), 0, -1), got)
 
 
-def test_images_are_timms_byte_for_byte(order):
+def test_images_are_timms_byte_for_byte(order, photographs):
     timm: Any = packages.import_timm()
     for name in ("resnet18", "vit_small_patch16_224", "vit_base_patch16_clip_224", "convnext_atto"):
         config = timm.get_pretrained_cfg(name).to_dict()
         config = timm.data.resolve_data_config(pretrained_cfg=config)
         images = families.images_of_timm(config, name)
         transform = timm.data.create_transform(**{**config, "mean": (0,) * 3, "std": (1,) * 3})
-        for picture in pictures():
+        for picture in (*pictures(), *photographs):
             made = order(lambda: transform(picture).numpy())  # noqa: B023
             want = np.rint(made * 255).astype(np.uint8)
             got = data.prepare(picture, input_size=images.size, preparation=images.preparation)
