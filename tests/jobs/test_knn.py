@@ -11,6 +11,7 @@ from PIL import Image
 
 from ur_jax import cli
 from ur_jax.encoders import from_fn
+from ur_jax.encoders.base import Origin
 from ur_jax.jobs.knn import Knn
 from ur_jax.jobs.progress import quiet
 from ur_jax.runs import Summary
@@ -76,6 +77,14 @@ def test_accuracy_equals_numpys(sets, tmp_path):
     assert repr(Summary.read(tmp_path / "out" / "summary.json").rows) == repr(summary.rows)
     assert list(Knn.remarks(summary)) == ["k = 5, 30 voting images."]
     assert repr(job.run(progress=quiet).rows) == repr(summary.rows)  # and nothing is kept
+
+
+def test_a_published_network_is_recorded_with_its_files(sets):
+    files = {"revision": "0123abc", "sha256": {"model.safetensors": "89ef"}}
+    published = ENCODER.replace(origin=Origin("hf:group/name", {"input_size": 4, **files}))
+    job = Knn(encoder=published, images=sets[0], test_images=sets[1], k=5, batch_size=8).opened()
+    assert job.summary([]).provenance["encoder"] == {"place": "hf:group/name", **files}
+    assert "encoder" not in dataclasses.replace(job, encoder=ENCODER).summary([]).provenance
 
 
 def test_classes_are_compared_by_name(sets, tmp_path):

@@ -276,7 +276,15 @@ class Job(abc.ABC):
             tuple(rows),
             unreadable or {},
             details,
+            runs.provenance() | self._published,
         )
+
+    @property
+    def _published(self) -> dict[str, Any]:
+        """The files of a published network that this encoder was made of."""
+        origin = self.model.origin
+        files = {k: origin.arguments[k] for k in ("revision", "sha256") if k in origin.arguments}
+        return {"encoder": {"place": origin.place, **files}} if files else {}
 
     def run(
         self,
