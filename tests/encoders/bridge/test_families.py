@@ -180,3 +180,25 @@ def test_images_are_timms_byte_for_byte(order, photographs):
             want = np.rint(made * 255).astype(np.uint8)
             got = data.prepare(picture, input_size=images.size, preparation=images.preparation)
             np.testing.assert_array_equal(np.moveaxis(want, 0, -1), got)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("GatedRepoError", "is gated: accept its terms.*hf auth login"),
+        ("RevisionNotFoundError", "has no revision 'v9'"),
+        ("RepositoryNotFoundError", "no model of that name on the hub"),
+        ("LocalEntryNotFoundError", "the hub cannot be reached.*give its folder"),
+    ],
+)
+def test_what_a_hub_answers_is_one_line(name, message, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    kind = getattr(pytest.importorskip("huggingface_hub.errors"), name)
+
+    def answer(*arguments, **keywords):
+        raise kind.__new__(kind)  # which takes a whole response otherwise
+
+    monkeypatch.setattr(hub, "snapshot_download", answer)
+    with pytest.raises(UserError, match=message) as refused:
+        ur_jax.load_encoder("hf:group/name@v9")
+    assert "\n" not in str(refused.value)

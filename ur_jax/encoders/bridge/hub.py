@@ -91,7 +91,7 @@ def _fetched(name: str, revision: str | None) -> Path:
         return Path(folder)
     except errors.GatedRepoError as error:
         raise UserError(
-            f"The model {name} is gated: accept its terms at huggingface.co/{name}, then log in by "
+            f"The model {name} is gated: accept its terms on its page of the hub, then log in by "
             "`hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
