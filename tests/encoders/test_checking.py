@@ -10,7 +10,7 @@ import pytest
 
 import ur_jax
 from ur_jax.encoders import checking, from_fn, loading
-from ur_jax.encoders.networks import layers
+from ur_jax.encoders.networks import forms
 from ur_jax.errors import UserError
 
 SIZE = (8, 6)
@@ -113,7 +113,7 @@ _LOSING = {
     "clip": lambda x: jnp.clip(x, 0, 6),
     "min": lambda x: jnp.minimum(x, 0.5),
     "max pool": lambda x: nn.max_pool(x, (2, 2), (2, 2)),
-    "our max pool": layers.max_pool_3x3,
+    "our max pool": forms.max_pool_3x3,
     "max": lambda x: x.max((1, 2), keepdims=True),
     "min of all": lambda x: x.min((1, 2), keepdims=True),
     "cummax": lambda x: jax.lax.cummax(x, axis=1),

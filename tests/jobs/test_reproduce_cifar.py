@@ -22,7 +22,7 @@ def data(tmp_path):
 
 def test_trains_then_measures_all_then_writes_the_table(data, tmp_path, monkeypatch):
     trained, measured = {}, []
-    monkeypatch.setattr(Train, "run", lambda job, out: trained.update({out: job}))
+    monkeypatch.setattr(Train, "run", lambda job, out, **_: trained.update({out: job}))
 
     def measure(config):
         measured.append(config)
