@@ -138,11 +138,11 @@ def test_a_place_that_cannot_be_written_or_is_no_folder_ends_in_one_line(
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", no_space)
             loaded(data.CachedImages(source, cache))
-    temporary = lambda: [path for path in files(cache) if path.suffix == ".tmp"]
     give_up = time.monotonic() + 10
-    while temporary() and time.monotonic() < give_up:
-        time.sleep(0.05)  # other threads have images at hand, and end in their own time
-    assert not temporary()
+    left = {path for path in files(cache) if path.suffix == ".tmp"}
+    while left and time.monotonic() < give_up:  # other threads write on, and end in their own time
+        left &= set(files(cache))
+    assert not left
     loaded(data.CachedImages(source, cache))
     monkeypatch.setattr(os, "fsync", never)  # a cache that is whole is not written
     loaded(data.CachedImages(source, cache))
