@@ -10,6 +10,8 @@ import tempfile
 # Eight devices on two busy cores may wait longer for each other than the 40 s until XLA aborts.
 _PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_PATIENT}".strip()
+# Here and in what is started: the compilers for GPUs and TPUs are installed, their devices are not.
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
