@@ -237,6 +237,20 @@ def test_the_program_is_the_same_uncompiled_and_on_eight_devices():
     np.testing.assert_allclose(plain.images, one.images, atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", ["apgd", "momentum", "square"])
+def test_radii_weights_and_images_share_one_program(rule):
+    programs = lambda: attacks.unsupervised._u_pgd._cache_size()
+    counts = []
+    for scale in (1.0, 0.5, 0.25):
+        config = attacks.AttackConfig(
+            eps=0.1 * scale, step_size=0.03 * scale, num_steps=2, rule=rule
+        )
+        encoder = ENCODER.replace(params=scale * ENCODER.params)
+        attacks.u_pgd(encoder, scale * IMAGES[:2], KEY, config=config)
+        counts.append(programs())
+    assert len(set(counts)) == 1
+
+
 def test_apgd_beats_steps_of_one_length_at_their_cost():
     config = dict(eps=0.07, num_steps=20)
     fixed = attacks.AttackConfig(**config, step_size=0.001)

@@ -9,7 +9,7 @@ import pytest
 from ur_jax import cli
 from ur_jax.encoders import from_fn
 from ur_jax.errors import UserError
-from ur_jax.jobs import attack_table
+from ur_jax.jobs import attack_table, attack_table_kinds
 
 WEIGHT = np.random.default_rng(0).normal(size=(192, 4)).astype(np.float32)
 
@@ -20,7 +20,7 @@ def linear(weight, images):
 
 def test_rows_are_kept_and_only_missing_ones_are_computed(tmp_path, monkeypatch, capsys):
     encoder = from_fn(linear, jnp.asarray(WEIGHT), input_size=(8, 8))
-    monkeypatch.setattr(attack_table.loading, "load_encoder", lambda place: encoder)
+    monkeypatch.setattr(attack_table_kinds.loading, "load_encoder", lambda place: encoder)
     words = (
         "--encoders mine --images demo --num-images 3 --num-clean 8 --eps 0.05 --budget 2".split()
     )
@@ -30,7 +30,7 @@ def test_rows_are_kept_and_only_missing_ones_are_computed(tmp_path, monkeypatch,
     assert attack_table.main(config) == 0
     before = (tmp_path / "deep" / "rows.csv").read_bytes()
     assert before.count(b"\n") == 5 and b'"APGD, cosine"' in before
-    monkeypatch.setattr(attack_table.loading, "load_encoder", None)
+    monkeypatch.setattr(attack_table_kinds.loading, "load_encoder", None)
     assert attack_table.main(config) == 0
     assert (tmp_path / "deep" / "rows.csv").read_bytes() == before
     assert capsys.readouterr().out.count("| mine | 0.05 | APGD, cosine |") == 3

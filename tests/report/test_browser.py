@@ -40,10 +40,21 @@ field.value = "weak overlap";
 field.dispatchEvent(new Event("input"));
 found.shown = [...table.tBodies[0].rows].filter(row => !row.hidden).length;
 found.sideways = document.documentElement.scrollWidth > window.innerWidth;
-const out = document.createElement("pre");
-out.id = "probe"; out.textContent = JSON.stringify(found);
-document.body.append(out);
+found.requests = performance.getEntriesByType("resource").length;
+found.width = window.innerWidth;
+parent.postMessage(found, "*");
 </script></body>"""
+
+WIDTHS = (1300, 400)
+FRAMES = """<!doctype html><title>frames</title><pre id="probe"></pre><script>
+const found = [];
+addEventListener("message", event => {
+  found.push(event.data);
+  document.getElementById("probe").textContent = JSON.stringify(found);
+});
+</script>""" + "".join(
+    f'<iframe src="probed.html" width="{w}" height="900" style="border:0"></iframe>' for w in WIDTHS
+)
 
 
 def browse(*flags):
@@ -58,15 +69,19 @@ def test_in_a_browser(tmp_path):
     report = folder / "report.html"
     probed = tmp_path / "probed.html"
     probed.write_text(report.read_text().replace("</body>", PROBE))
-    for width in (500,):  # the narrowest window there is
-        done = browse(f"--window-size={width},900", "--dump-dom", f"file://{probed}")
-        assert "CONSOLE" not in done.stderr, done.stderr
-        text = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)
-        assert text, done.stdout[-500:]
-        found = json.loads(text[1])
+    frames = tmp_path / "frames.html"  # a window is no narrower than 500 pixels, a frame is
+    frames.write_text(FRAMES)
+    done = browse("--dump-dom", "--virtual-time-budget=20000", f"file://{frames}")
+    assert "CONSOLE" not in done.stderr, done.stderr
+    text = re.search(r'<pre id="probe">(.+?)</pre>', done.stdout, re.S)
+    assert text, done.stdout[-500:]
+    every = json.loads(text[1])
+    assert sorted(found["width"] for found in every) == sorted(WIDTHS)
+    for found in every:
         assert re.match(r"attack step: \d\nweak: [\d.]+ \(.*\)\nstrong: ", found["told"])
         assert "weak: " in found["without"] and "strong" not in found["without"]
         assert found["hidden"] == 4  # the line and the band of two panels
         assert float(found["least"]) == 0 and found["shown"] == 2 and not found["sideways"]
+        assert found["requests"] == 0
     browse(f"--print-to-pdf={tmp_path / 'report.pdf'}", f"file://{report}")
     assert (tmp_path / "report.pdf").read_bytes()[:5] == b"%PDF-"

@@ -110,6 +110,24 @@ def test_alone_as_in_one_stream(linear, images, whole):
         np.testing.assert_equal(alone._asdict(), whole[1][name]._asdict())
 
 
+def test_fewer_samples_than_a_step_are_drawn_alone(linear, images):
+    drawn = []
+
+    def watched(params, batch):
+        drawn.append(len(batch))  # as it is traced: the images of a piece on one device
+        return project(params, batch)
+
+    few = dict(COMMON, n0=40, n=60, m=60)
+    encoder = from_fn(watched, linear.params, input_size=(4, 4))
+    of = lambda step: run(
+        encoder, images[:1], {"geometric_median": GeometricMedianConfig(**few | {"step": step})},
+        mesh=data_mesh(jax.devices()[:1]), batch_size=1000,
+    )  # fmt: skip
+    large, exact = (of(step)[0]["geometric_median"]._asdict() for step in (1000, 60))
+    np.testing.assert_equal(large, exact)
+    assert max(drawn) == 60
+
+
 def test_a_linear_encoder_has_the_closed_forms(linear, images):
     """Where nothing is clipped, f(x + noise) ~ N(f(x), sigma^2 I_8)."""
     sigma = 0.25

@@ -145,7 +145,9 @@ def smoothed(
     mesh = mesh or data_mesh()
     ball = ball_of(encoder, config) if isinstance(config, MeanConfig) else ()
     whole, own = replicate(mesh, (encoder, stream_key(key, "smoothed")))
-    draw = functools.partial(represent, whole, own, config=config, mesh=mesh, batch_size=batch_size)
+    draw = functools.partial(
+        represent, whole, own, config=config, mesh=mesh, batch_size=batch_size, most=m
+    )
     found = []
     for index, image in paired(images, indices, encoder, config.noise):
         image = replicate(mesh, jnp.asarray(image, jnp.float32))

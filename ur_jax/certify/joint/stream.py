@@ -158,7 +158,10 @@ def _certified(
     whole, key = replicate(mesh, (encoder, stream_key(key)))
     methods = tuple(part for part, _ in parts.values())
     encoder, fixed = jax.device_put((encoder, tuple(fixed for _, fixed in parts.values())), alone)
-    draw = functools.partial(represent, whole, key, config=config, mesh=mesh, batch_size=batch_size)
+    draw = functools.partial(
+        represent, whole, key, config=config, mesh=mesh, batch_size=batch_size,
+        most=max(config.n0, config.n),
+    )  # fmt: skip
     for index, image in pairs:
         image = replicate(mesh, jnp.asarray(image, jnp.float32))
         first = [
@@ -189,9 +192,10 @@ def _certified(
 
 def represent(
     encoder: Encoder, key: Key, image: Array, index: int, first: int, *, config: StreamConfig,
-    mesh: Mesh, batch_size: int,
+    mesh: Mesh, batch_size: int, most: int,
 ) -> Array:  # fmt: skip
-    """Representations [step, D] of the samples from `first` on, of one image."""
+    """Representations [min(step, most), D] of an image's samples from `first` on."""
+    number = min(config.step, most)
     return sample_outputs(
         _represent,
         encoder,
@@ -199,11 +203,11 @@ def represent(
         key,
         jnp.int32(index),
         jnp.int32(first),
-        n=config.step,
+        n=number,
         sigma=config.sigma,
         clip=config.clip,
         mesh=mesh,
-        batch_size=min(batch_size, -(-config.step // mesh.size)),
+        batch_size=min(batch_size, -(-number // mesh.size)),
         noise=config.noise,
     )
 
