@@ -230,11 +230,16 @@ def ranking_table(
     """
     rows = []
     for column, text, ranks in rankings:
-        ranges = [f"{name} {low}" + f" to {high}" * (high > low) for name, (low, high) in
-                  sorted(ranks.items(), key=lambda item: item[1])]  # fmt: skip
-        cells = (Cell(each, kind="text") for each in (text, " · ".join(ranges)))
+        ranges: dict[tuple[int, int], list[str]] = {}
+        for name, ends in sorted(ranks.items(), key=lambda item: item[1]):
+            ranges.setdefault(ends, []).append(name)
+        told = [
+            f"{low}" + f" to {high}" * (high > low) + f": {', '.join(names)}"
+            for (low, high), names in ranges.items()
+        ]
+        cells = (Cell(each, kind="text") for each in (text, "; ".join(told)))
         rows.append([_heading(column), *cells])
-    heads = (Cell(each, kind="text") for each in ("order", "rank, at 95 %"))
+    heads = (Cell(each, kind="text") for each in ("order", "ranks, at 95 %"))
     return Table((Cell("measure"), *heads), rows)
 
 
