@@ -3,13 +3,21 @@ of a public function, a cache of compiled programs, and the shared data."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 import tempfile
 
 # Eight devices on two busy cores may wait longer for each other than the 40 s until XLA aborts.
-_PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_PATIENT}".strip()
+_FLAGS = ["--xla_cpu_collective_call_terminate_timeout_seconds=600"]
+# Most of what tests cost is compiling, and most of that is making small programs fast. Not so with
+# XLA_FLAGS=--xla_backend_optimization_level=3, which compiles them as users do.
+_LEVEL = "xla_backend_optimization_level"
+if _LEVEL not in os.environ.get("XLA_FLAGS", ""):
+    _FLAGS += [f"--{_LEVEL}=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no other way
+        _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 # Here and in what is started: the compilers for GPUs and TPUs are installed, their devices are not.
 os.environ["JAX_PLATFORMS"] = "cpu"
 

@@ -43,11 +43,10 @@ def _given(folder: pathlib.Path, out: str | os.PathLike) -> tuple[str, ...]:
 
 
 def start(*words: str, **more) -> subprocess.Popen:
-    """Starts a program, its output on one pipe, on the CPU without this one's flags."""
+    """Starts a program, its output on one pipe, on the CPU."""
     environment = os.environ | {
         "PYTHONPATH": str(_TESTS.parent), "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
-    environment.pop("XLA_FLAGS", None)
     environment |= more.pop("env", {})
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **more

@@ -32,7 +32,6 @@ def start(folder, workdir, num_hosts, die_after=0):
         port = free.getsockname()[1]
     root = str(WORKER.parents[1])
     environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
-    environment.pop("XLA_FLAGS", None)
     processes = []
     for host in range(num_hosts):
         die = die_after if host == num_hosts - 1 else 0

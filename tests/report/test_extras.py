@@ -16,7 +16,7 @@ def test_importing_brings_no_optional_package():
     code = (
         "import sys, ur_jax, ur_jax.cli, ur_jax.jobs, ur_jax.jobs.benchmark; "
         "import ur_jax.report.build, ur_jax.report.plots, ur_jax.report.terminal; "
-        "print([n for n in ('matplotlib', 'jinja2', 'tensorboardX', 'dm_pix', 'torch', 'pandas') "
+        "print([n for n in ('matplotlib', 'jinja2', 'tensorboardX', 'torch', 'pandas') "
         "if n in sys.modules])"
     )
     done = subprocess.run(

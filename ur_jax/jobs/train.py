@@ -35,7 +35,7 @@ from ur_jax.encoders import checkpoints, loading
 from ur_jax.encoders.base import Encoder
 from ur_jax.encoders.loading import Loaded
 from ur_jax.encoders.zoo import ENCODERS
-from ur_jax.errors import DamagedError, UserError, require, unknown_name
+from ur_jax.errors import DamagedError, UserError, unknown_name
 from ur_jax.jobs.base import EncoderLike, Job, Session, outside_code, register
 from ur_jax.runs.provenance import provenance
 from ur_jax.runs.summary import Row, Summary
@@ -186,7 +186,6 @@ class Train(Job):
 
     def check(self, mesh: Mesh) -> None:
         require_board()
-        require("dm_pix", "train", "Training")
         devices.check_divisible(self.batch_size, devices.data_mesh(jax.devices()))
         method, _ = self.method.make(self._start(1))
         check_parts(self.batch_size, method.group_size, self.num_parts)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ur_jax.errors import require
 from ur_jax.types import Array
 
 CONTRAST, SATURATION, HUE = 1, 2, 3  # places of the factors of a `Jitter`; 0 is brightness
@@ -84,10 +83,7 @@ def color_jitter(images: Array, jitter: Jitter) -> Array:
     for place in (0, 1, 2):
         factor = jnp.where(place < place_of_hue, ordered[:, place], 1.0)
         images = _blend(images, order[:, place], factor)
-    shift = factors[:, HUE, None, None]
-    with jax.numpy_dtype_promotion("standard"):  # dm_pix adds a boolean to a float
-        shifted = _dm_pix().adjust_hue(jnp.moveaxis(images, -1, 1), shift, channel_axis=1)
-    images = jnp.clip(jnp.moveaxis(shifted, 1, -1), 0, 1)
+    images = jnp.clip(_shift_hue(images, per_image(factors[:, HUE])), 0, 1)
     for place in (1, 2, 3):
         factor = jnp.where(place > place_of_hue, ordered[:, place], 1.0)
         images = _blend(images, order[:, place], factor)
@@ -119,17 +115,12 @@ def gaussian_blur(images: Array, sigma: Array, *, radius: int) -> Array:
 
 def solarize(images: Array) -> Array:
     """Inverts values of at least 1/2."""
-    return _dm_pix().solarize(images, 0.5)
+    return jnp.where(images < 0.5, images, 1 - images)
 
 
 def per_image(values: Array) -> Array:
     """(B,) -> (B, 1, 1, 1)."""
     return values[:, None, None, None]
-
-
-def _dm_pix():
-    """The library of image operations, which training alone needs."""
-    return require("dm_pix", "train", "Changing hues and solarizing images")
 
 
 def _luma(images: Array) -> Array:
@@ -145,6 +136,27 @@ def _blend(images: Array, operation: Array, factor: Array) -> Array:
     mean = jnp.mean(grey, axis=(1, 2), keepdims=True)
     base = jnp.where(operation == SATURATION, grey, jnp.where(operation == CONTRAST, mean, 0.0))
     return jnp.clip(factor * images + (1 - factor) * base, 0, 1)
+
+
+def _shift_hue(images: Array, shift: Array) -> Array:
+    """Turns the hue of each pixel (..., 3) by a share of the colour circle.
+
+    In the hexagonal HSV cylinder, whose hue runs from 0 to 6. Colours are compared by size, never
+    by equality with the largest (as dm_pix and others do): where a compiler computes a colour twice
+    and rounds it in two ways, none is equal to the largest, and the pixel gets another colour. What
+    the branches give is the same where two colours are.
+    """
+    red, green, blue = images[..., :1], images[..., 1:2], images[..., 2:]
+    largest = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = largest - jnp.minimum(jnp.minimum(red, green), blue)
+    inverse = 1 / jnp.where(chroma > 0, chroma, 1.0)
+    hue = jnp.where(
+        (red >= green) & (red >= blue),
+        (green - blue) * inverse,
+        jnp.where(green >= blue, 2 + (blue - red) * inverse, 4 + (red - green) * inverse),
+    )
+    ahead = (jnp.array([5.0, 3.0, 1.0]) + hue + 6 * shift) % 6  # red, green, blue
+    return largest - chroma * jnp.clip(jnp.minimum(ahead, 4 - ahead), 0, 1)
 
 
 def _bilinear_weights(start: Array, length: Array, flip: Array, num_in: int, num_out: int) -> Array:
