@@ -97,3 +97,12 @@ def test_a_users_convolutions_are_rewritten_and_stay_the_same_function(groups):
     assert "custom_vjp" in text
     without = lambda x: jnp.sin(x)
     assert str(jax.make_jaxpr(with_fast_gradients(without))(x)) == str(jax.make_jaxpr(without)(x))
+
+
+@pytest.mark.parametrize("size", [(8, 10), (7, 9), (5, 6)])
+def test_the_max_pools_gradient_on_gpus_is_that_of_cpus(size):
+    random = np.random.default_rng(0)
+    x = jax.nn.relu(jnp.round(2 * random.standard_normal((2, *size, 3))))  # with ties
+    grad = jnp.round(8 * random.standard_normal((2, *(-(-n // 2) for n in size), 3)))
+    expected = jax.jit(forms._max_pool_gradient)(x, grad)
+    np.testing.assert_array_equal(jax.jit(forms._max_pool_gradient_gpu)(x, grad), expected)

@@ -118,6 +118,9 @@ def test_kernels_are_counted_as_often_as_their_loop_turns_and_by_what_they_move(
     assert product[:3] == ("product", "gradient of block3/expand/dot_general", "bf16[64,16]")
     assert convolution.bytes == 2 * (2 * 8 * 8 * 4 + 6 * 3 * 3 * 4 + 2 * 8 * 8 * 6)  # S(1): on chip
     assert convolution.flops == 2 * (2 * 8 * 8) * (3 * 3 * 4 * 6)
+    strided = PROGRAM.replace("dim_labels=b01f", "window={size=1x1 stride=2x2}, dim_labels=b01f")
+    of_quarter = ahead.kernels(strided)[-1]  # that a kernel of 1x1 with a stride of 2 reads
+    assert convolution.bytes - of_quarter.bytes == 2 * (2 * 8 * 8 * 4) * 3 / 4
 
 
 def test_kernels_of_a_real_program_agree_with_the_compilers_count():

@@ -6,6 +6,9 @@ test is skipped where its compiler is not installed (`ur_jax[compile-gpu]`, `ur_
 
 from __future__ import annotations
 
+import functools
+import sys
+
 import jax
 import jax.numpy as jnp
 import jaxlib
@@ -14,6 +17,7 @@ import pytest
 
 import ur_jax
 from ur_jax import devices
+from ur_jax.certify.sampling import sample_outputs
 from ur_jax.encoders.networks import resnet, vit
 from ur_jax.jobs.label_free import EvaluationConfig
 from ur_jax.performance import ahead
@@ -29,6 +33,8 @@ LARGE_VIT = vit.ViT(1024, 2, 16), (224, 224)
 PROGRAMS = {
     ("h100", "resnet50", "forward"): RESNET,
     ("h100", "resnet50", "attack"): RESNET,
+    ("h100", "resnet50", "float samples"): RESNET,
+    ("h100", "resnet50", "grid samples"): RESNET,
     ("h100", "mocov3", "forward"): SMALL_VIT,
     ("h100", "mocov3", "gradient"): SMALL_VIT,
     ("h100", "mae", "forward"): LARGE_VIT,
@@ -40,8 +46,10 @@ PROGRAMS = {
 RECORDED = {
     "0.10": {
         "h100": {
-            ("resnet50", "forward"): (28.93, 38),
-            ("resnet50", "attack"): (112.33, 269),
+            ("resnet50", "forward"): (26.61, 38),
+            ("resnet50", "attack"): (100.01, 261),
+            ("resnet50", "float samples"): (25.75, 74),
+            ("resnet50", "grid samples"): (28.40, 110),
             ("mocov3", "forward"): (16.61, 30),
             ("mocov3", "gradient"): (38.43, 65),
             ("mae", "forward"): (34.80, 30),
@@ -62,14 +70,32 @@ def gradient(encoder, images, clean):
     return images + 0.01 * jnp.sign(jax.grad(away)(images))
 
 
+def distances(operand, images):
+    """What the sampling loop of a certificate computes: distances to a center."""
+    encoder, center = operand
+    return jnp.linalg.norm(encoder(images) - center, axis=-1)
+
+
 def function_of(encoder, what, mesh):
-    """What is compiled: a forward pass, a gradient, an attack of two steps."""
+    """What is compiled: a forward pass, a gradient, an attack or a sampling loop of two steps."""
     forward = compiling.encoding(encoder, mesh, BATCH)
     if what == "forward":
         return forward
     if what == "attack":
         return compiling.attack(encoder, mesh, BATCH, EvaluationConfig(read_at=(1,)))
     abstract, images = forward.arguments
+    if what.endswith("samples"):
+        everywhere = jax.tree.leaves(abstract)[0].sharding
+        known = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+        run = functools.partial(
+            sample_outputs, distances, n=2 * BATCH, sigma=0.25, clip=False, mesh=mesh,
+            batch_size=BATCH, noise=what.split()[0],
+        )  # fmt: skip
+        center, image = jnp.zeros(encoder.dimension), jnp.zeros(images.shape[1:])
+        rest = jax.eval_shape(lambda: (center, image, jax.random.key(0), jnp.int32(0)))
+        center, image, key, index = jax.tree.map(known, rest)
+        arguments = ((abstract, center), image, key, index, index)
+        return forward._replace(fn=run, arguments=arguments, items=2 * BATCH)
     clean = jax.ShapeDtypeStruct((BATCH, encoder.dimension), jnp.float32, sharding=images.sharding)
     return forward._replace(fn=gradient, arguments=(abstract, images, clean))
 
@@ -101,6 +127,7 @@ def test_bytes_and_kernels_stay_as_recorded(device, name, what):
     assert all(new <= ALLOWED * old for new, old in zip(found, recorded, strict=True)), found
 
 
-if __name__ == "__main__":  # what to record
-    for (device, name, what), of in PROGRAMS.items():
+if __name__ == "__main__":  # what to record; or [DEVICE NETWORK FUNCTION], of any function
+    for device, name, what in [tuple(sys.argv[1:])] if sys.argv[1:] else PROGRAMS:
+        of = next(PROGRAMS[key] for key in PROGRAMS if key[:2] == (device, name))
         print(device, name, what, measured(device, what, *of), flush=True)

@@ -256,7 +256,15 @@ def _moved(
         dtype, shape, _ = _arrays(each.type)[-1]
         if dtype in ("s8", "u8") and len(shape) == 1:  # the library's workspace
             del written[-1]
-    return sum(map(_nbytes, types)) + sum(written)
+    return sum(map(_nbytes, types)) + sum(written) - _skipped(each, types)
+
+
+def _skipped(each: _Instruction, types: list[str]) -> float:
+    """Bytes of the pixels that a library's convolution of 1x1 with a stride does not read."""
+    strides = re.search(r"window=\{size=1(?:x1)* stride=([\dx]+)\}", each.rest)
+    if strides is None or "conv" not in each.rest or "Backward" in each.rest:
+        return 0.0
+    return _nbytes(types[0]) * (1 - 1 / math.prod(int(n) for n in strides[1].split("x")))
 
 
 def _read(fused: _Computation, number: int, kind: str) -> float:
