@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ur_jax import cli, runs
@@ -71,6 +73,9 @@ def test_the_recipes_are_those_that_the_published_numbers_were_made_with(data, t
     loss, fare = (reproduce_cifar.training(config, name) for name in ("loss", "fare"))
     assert (loss.learning_rate, loss.optimizer, loss.warmup_epochs) == (0.03, "sgd", 0.1)
     assert (fare.learning_rate, fare.optimizer, fare.warmup_epochs) == (1e-3, "adamw", 0.1)
+    noisy = dataclasses.replace(config, noise=0.1)
+    assert reproduce_cifar.training(noisy, "fare").method.noise == 0.1 and fare.method.noise == 0
+    assert reproduce_cifar.training(noisy, "loss") == loss
     for job in (loss, fare):
         assert (job.num_images, job.num_epochs, job.batch_size) == (30_000, 1, 128)
         assert (job.adversary.eps, job.adversary.step_size, job.adversary.num_steps) == (

@@ -56,6 +56,8 @@ class Config:
     batch_size: int = 128
     adversary: AttackConfig = AttackConfig(eps=0.05, step_size=0.02, num_steps=3)
     """The attack inside training."""
+    noise: float = 0.0
+    """Standard deviation of noise on the views of fare, lore and simclip: for smoothing."""
     benchmark: benchmark.Config = benchmark.PRESETS["cifar"]
     """What is measured afterwards; its images and encoders are filled in."""
 
@@ -114,8 +116,12 @@ def place(config: Config, name: str) -> Path:
 
 def training(config: Config, name: str) -> Train:
     """The fine-tuning of one encoder: a method of its own, or MoCo v2 under an attack."""
+    begun = recipe(name)
+    if hasattr(begun.method, "noise"):  # MoCo's views are those of its papers
+        method = dataclasses.replace(begun.method, noise=config.noise)  # pyright: ignore
+        begun = dataclasses.replace(begun, method=method)
     return dataclasses.replace(
-        recipe(name),
+        begun,
         images=f"folder:{config.data / 'train'}",
         num_images=config.num_train,
         num_epochs=config.num_epochs,
