@@ -34,6 +34,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 typed_calls.install()
 
 _MANY_MAPS = 15_000
+_LONGEST = ("recorded", "parity", "hosts", "protocol", "training", "launchers", "gates", "cli")
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
@@ -49,11 +50,18 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process ends with one of them while others wait."""
+    longest = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: longest.get(item.path.name, len(longest)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file's tests run in one process, which compiles and prepares once for all of them."""
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False  # by number of tests, which says little
     return LoadFileScheduling(config, log)
 
 
