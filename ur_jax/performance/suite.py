@@ -78,7 +78,7 @@ class Sweep:
             yield name, work.Size(encoder, dtype, batch_size, *rest)
 
 
-_CERTIFICATES = ("certificates", "adaptive")
+_CERTIFICATES, _STREAMS = ("certificates", "adaptive"), ("stream", "streams")
 
 PRESETS: dict[str, tuple[Sweep, ...]] = {
     "cpu": (
@@ -142,7 +142,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
     ),
     "toy": (
         Sweep(
-            works=tuple(name for name in work.WORKS if name not in _CERTIFICATES),
+            works=tuple(name for name in work.WORKS if name not in _CERTIFICATES + _STREAMS),
             encoders=("demo",),
             batch_sizes=(4,),
             num_samples=8,
@@ -152,7 +152,7 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
         ),
         Sweep(works=("u_pgd", "forward"), batch_sizes=(2,), num_steps=1, repeats=1),
         Sweep(
-            works=_CERTIFICATES,
+            works=_CERTIFICATES + _STREAMS,
             encoders=("demo",),
             batch_sizes=(64,),
             num_center=1_000,
@@ -160,8 +160,20 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
             repeats=1,
         ),
     ),
+    "streams": (
+        Sweep(works=("noise", "grid-noise", "forward"), repeats=3),
+        Sweep(
+            works=_STREAMS,
+            encoders=("demo",),
+            batch_sizes=(32,),
+            num_center=1_000,
+            num_samples=4_000,
+            repeats=3,
+        ),
+    ),
 }
-"""What to measure: on a CPU, in one command on a GPU, how it scales, or only whether it runs."""
+"""What to measure: on a CPU, in one command on a GPU, how it scales, whether it runs, or what the
+certificates of other smoothed encoders cost."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from ur_jax import attacks, certify, metrics
 from ur_jax.attacks import config as attack_config
 from ur_jax.attacks import unsupervised
-from ur_jax.certify import enclosing, sampling
+from ur_jax.certify import CERTIFICATES, enclosing, sampling
+from ur_jax.certify.joint import STREAMS, StreamCenterConfig
 from ur_jax.devices import data_mesh, replicate, shard
 from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
@@ -133,6 +134,23 @@ def noisy_samples(size: Size) -> Workload:
     )
 
 
+def noise(size: Size, kind: Literal["float", "grid"] = "float") -> Workload:
+    """Noisy samples of one image alone, before any encoder."""
+    images, number = shard(data_mesh(), random_images(size)), np.arange(size.batch_size)
+    dynamic = dict(
+        images=images, key=jax.random.key(0), indices=jnp.zeros_like(number),
+        samples=jnp.asarray(number),
+    )  # fmt: skip
+    draw = jax.jit(sampling.noisy_samples, static_argnames=("sigma", "clip", "noise"))
+    static = dict(sigma=SIGMA, clip=True, noise=kind)
+    return _compiled(draw, dynamic, static, items=size.batch_size)
+
+
+def grid_noise(size: Size) -> Workload:
+    """The same of integer noise."""
+    return noise(size, "grid")
+
+
 def center(size: Size) -> Workload:
     """The sample with the smallest median distance to all: the first stage of a certificate."""
     mesh = data_mesh()
@@ -177,6 +195,32 @@ def certificates(size: Size, bound: Literal["exact", "union"] = "exact") -> Work
 def adaptive_certificates(size: Size) -> Workload:
     """The same, tested sequentially."""
     return certificates(size, "union")
+
+
+def stream(size: Size, methods: Sequence[str] = ("geometric_median",)) -> Workload:
+    """Certificates of other smoothed encoders, of one image from one pass over its noise."""
+    encoder, images = _inputs(size).values()
+    some = np.round(255 * np.asarray(images[:1])).astype(np.float32) / np.float32(255)
+    number = size.num_samples
+    settings: dict[str, Any] = dict(n0=size.num_center, n=number, m=number)
+    models: dict[str, Any] = {name: encoder for name in methods}
+    if "neighbour" in models:
+        models["neighbour"] = certify.directions_of(encoder, np.asarray(encoder(images)))
+    kinds = {k: v.settings for k, v in CERTIFICATES.items()} | {"center": StreamCenterConfig}
+    parts = {
+        name: certify.part_of(model, kinds[name](**settings)) for name, model in models.items()
+    }
+    run = lambda: list(
+        certify.certify_stream(
+            encoder, some, jax.random.key(0), parts=parts, batch_size=size.batch_size
+        )
+    )
+    return _called(run, items=1)
+
+
+def streams(size: Size) -> Workload:
+    """All of them, and a bank of the batch's images, from one pass."""
+    return stream(size, ("center", *STREAMS))
 
 
 def training(size: Size) -> Workload:
@@ -224,11 +268,15 @@ WORKS: Mapping[str, Work] = {
     "u_pgd": Work(u_pgd, "image-steps/s"),
     "forward": Work(forward, "images/s"),
     "noisy": Work(noisy_samples, "samples/s"),
+    "noise": Work(noise, "samples/s"),
+    "grid-noise": Work(grid_noise, "samples/s"),
     "center": Work(center, "centers/s"),
     "distances": Work(distances, "pairs/s"),
     "training": Work(training, "images/s"),
     "certificates": Work(certificates, "certificates/h", 3600.0),
     "adaptive": Work(adaptive_certificates, "certificates/h", 3600.0),
+    "stream": Work(stream, "images/h", 3600.0),
+    "streams": Work(streams, "images/h", 3600.0),
 }
 """Every work by name."""
 
