@@ -43,9 +43,9 @@ def pixels():
 
 @pytest.fixture(scope="module")
 def found(pixels):
-    """What two encoders give by one call each."""
-    encoders = [make(seed) for seed in (0, 1)]
-    return [ur_jax.evaluate(encoder, pixels, **TINY) for encoder in encoders]
+    """What two encoders give by one call each, lists where the job has tuples."""
+    encoders, lists = [make(seed) for seed in (0, 1)], {"eps": [0.05], "read_at": [1, 2]}
+    return [ur_jax.evaluate(encoder, pixels, **TINY | lists) for encoder in encoders]
 
 
 def test_a_call_is_the_job(pixels, found):

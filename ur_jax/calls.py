@@ -176,6 +176,7 @@ def _divided(kind: type[Job], config: Any, settings: dict[str, Any]) -> tuple[di
     own: dict[str, Any] = {}
     nested: dict[str, Any] = {}
     for name, value in settings.items():
+        value = tuple(value) if isinstance(value, list) else value  # as a notebook writes it
         if name in of_config:
             nested[name] = value
         elif name in of_job:
