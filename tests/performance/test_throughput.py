@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_encoder
@@ -105,6 +107,26 @@ def test_training_is_measured_on_a_network_of_its_own_head():
     first = int(workload.run())
     assert int(workload.run()) == first + 1  # steps of one training, each on the state before
     assert workload.items == 8 and workload.compile_seconds > 0
+
+
+def test_kernels_are_counted_where_the_compilers_analysis_says_nothing(monkeypatch):
+    def thrice(x):
+        return jax.lax.fori_loop(0, 3, lambda _, y: jnp.tanh(y @ x), x)
+
+    program = jax.jit(thrice).lower(np.ones((64, 64), np.float32)).compile()
+    once = 2 * 64**3 * jax.local_device_count()
+    assert work.program_cost(program)[0] == pytest.approx(once, rel=0.05)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert work.program_cost(program)[0] == 3 * once
+
+
+def test_a_rehearsal_has_all_that_a_gpu_is_asked_for_in_little():
+    small = suite.rehearsal(performance.PRESETS["gpu"])
+    of = lambda sweeps: {(w, d) for s in sweeps for w in s.works for d in s.dtypes}
+    assert of(small) == of(performance.PRESETS["gpu"])
+    sizes = [size for sweep in small for work, size in sweep.cases() if work == "u_pgd"]
+    assert max(size.batch_size * size.num_steps for size in sizes) == 2 * jax.local_device_count()
+    assert {size.encoder for size in sizes} == {"resnet50", "mocov3"}
 
 
 def test_no_case_begins_after_the_budget(monkeypatch):

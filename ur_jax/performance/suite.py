@@ -109,6 +109,13 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
         Sweep(
             works=("center", "distances"), batch_sizes=(256,), num_center=10_000, num_rows=100_000
         ),
+        Sweep(
+            works=("u_pgd",),
+            encoders=("mocov3",),
+            dtypes=("bfloat16",),
+            batch_sizes=(256,),
+            num_steps=10,
+        ),
         Sweep(works=("u_pgd",), dtypes=("bfloat16",), batch_sizes=(32, 1024), num_steps=10),
         Sweep(
             works=_CERTIFICATES,
@@ -174,6 +181,21 @@ PRESETS: dict[str, tuple[Sweep, ...]] = {
 }
 """What to measure: on a CPU, in one command on a GPU, how it scales, whether it runs, or what the
 certificates of other smoothed encoders cost."""
+
+
+def rehearsal(sweeps: Sequence[Sweep]) -> list[Sweep]:
+    """The same works, encoders and dtypes at a size that a CPU has in minutes."""
+    few = dict(num_steps=1, num_samples=4, num_center=64, num_rows=256, repeats=1)
+    some = dict(few, num_samples=1_000, num_center=1_000, encoders=("demo",))  # or no certificate
+    small = [
+        dataclasses.replace(
+            sweep,
+            batch_sizes=(64,) if sweep.works == _CERTIFICATES else (2 * jax.local_device_count(),),
+            **(some if sweep.works == _CERTIFICATES else few),
+        )
+        for sweep in sweeps
+    ]
+    return list(dict.fromkeys(small))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,6 +373,7 @@ COLUMNS = (
     *("work", "encoder", "dtype", "batch", "implementation", "rate (smallest to largest)", "unit"),
     *(
         "ours over it",
+        "MB per item",
         "per CPU-s",
         "compile s",
         "MiB",
@@ -374,6 +397,7 @@ def cells(result: Result) -> tuple[str, ...]:
         f"{result.rate:.4g} ({result.low:.4g} to {result.high:.4g})",
         result.unit,
         f"{result.ratio:.2f}",
+        "" if result.bytes_per_item is None else f"{result.bytes_per_item / 1e6:.3g}",
         f"{result.per_processor_second:.3g}",
         f"{result.compile_seconds:.1f}",
         "" if result.memory_bytes is None else f"{result.memory_bytes / 2**20:.0f}",

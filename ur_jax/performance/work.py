@@ -23,6 +23,7 @@ from ur_jax.encoders import loading
 from ur_jax.encoders.base import Encoder
 from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import UserError
+from ur_jax.performance.ahead.programs import kernels
 from ur_jax.performance.timing import Workload
 from ur_jax.types import Array, PyTree
 
@@ -101,6 +102,8 @@ def u_pgd(size: Size) -> Workload:
     items = size.batch_size * size.num_steps
     workload = _compiled(unsupervised._u_pgd, dynamic, dict(config=rest), items=items)
     workload = workload._replace(note=f"{size.num_steps} steps")
+    if _counts_kernels():
+        return workload
     # A loop's body counts once in the compiler's analysis, beside the two passes outside it.
     beside = _compiled(_encode, inputs, items=size.batch_size)
     of_run = lambda total, one: (
@@ -128,10 +131,11 @@ def noisy_samples(size: Size) -> Workload:
     static = dict(fn=_encode_samples, n=n, sigma=SIGMA, clip=False, mesh=mesh)
     static["batch_size"] = len(images) // mesh.size
     workload = _compiled(sampling.sample_outputs, dynamic, static, items=n)
+    workload = workload._replace(note=f"{n:,} samples")
+    if _counts_kernels():
+        return workload
     times = lambda value: None if value is None else value * num_batches  # a loop's body, as above
-    return workload._replace(
-        flops=times(workload.flops), bytes_moved=times(workload.bytes_moved), note=f"{n:,} samples"
-    )
+    return workload._replace(flops=times(workload.flops), bytes_moved=times(workload.bytes_moved))
 
 
 def noise(size: Size, kind: Literal["float", "grid"] = "float") -> Workload:
@@ -315,13 +319,14 @@ def _compiled(
     memory = compiled.memory_analysis()
     kinds = ("argument", "output", "temp")
     held = memory and sum(getattr(memory, f"{kind}_size_in_bytes") for kind in kinds)
+    flops, bytes_moved = program_cost(compiled)
     return Workload(
         implementation=NAME,
         run=lambda: jax.block_until_ready(compiled(**dynamic)),
         items=items,
         compile_seconds=seconds,
-        flops=program_cost(compiled, "flops"),
-        bytes_moved=program_cost(compiled, "bytes accessed"),
+        flops=flops,
+        bytes_moved=bytes_moved,
         memory=held,
     )
 
@@ -334,9 +339,22 @@ def _called(run: Callable[[], Any], items: float) -> Workload:
     return Workload(NAME, waiting, items, time.perf_counter() - started)
 
 
-def program_cost(compiled: Any, what: str) -> float | None:
-    """What the compiler counts of one device's program, over all devices; None if it does not."""
+def program_cost(compiled: Any) -> tuple[float | None, float | None]:
+    """Operations and bytes of a run on all devices, None where they are not known: by the
+    compiler's analysis, which counts a loop's body once, or by the kernels."""
+    devices = jax.local_device_count()
+    if _counts_kernels():
+        found = kernels(compiled.as_text())
+        total = lambda of: devices * sum(kernel.times * of(kernel) for kernel in found)
+        return total(lambda kernel: kernel.flops), total(lambda kernel: kernel.bytes)
     analysis = compiled.cost_analysis()
-    analysis = analysis[0] if isinstance(analysis, list) else analysis
-    value = (analysis or {}).get(what)
-    return None if not value or value < 0 else value * jax.local_device_count()
+    analysis = (analysis[0] if isinstance(analysis, list) else analysis) or {}
+    values = (analysis.get(what) for what in ("flops", "bytes accessed"))
+    flops, nbytes = (devices * value if value and value > 0 else None for value in values)
+    return flops, nbytes
+
+
+def _counts_kernels() -> bool:
+    """Whether costs are read of the program: of a GPU's, most of which is calls of libraries, the
+    analysis says nothing."""
+    return jax.default_backend() == "gpu"
