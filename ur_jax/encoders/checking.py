@@ -237,7 +237,10 @@ def _branch(branch: ClosedJaxpr, *values: Any) -> list[Any]:
 
 def _scan(params: dict[str, Any], values: list[Any]) -> Sequence[Any]:
     """A `scan` whose body keeps NaN."""
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    if "ft_in" in params:  # as JAX's version has it
+        num_consts, num_carry = map(len, params["ft_in"].unpack()[:2])
+    else:
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
     consts, rest = values[:num_consts], values[num_consts:]
 
     def body(carry, x):
