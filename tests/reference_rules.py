@@ -26,7 +26,9 @@ def fill(key: str, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray
         amdim = key.startswith("encoder.module.") and key.endswith(".conv2.weight")
         gain = 1.0 if len(shape) == 2 else 0.1 if amdim else 1.25
         scale = math.sqrt(gain / math.prod(shape[1:]))
-    return (scale * rng.standard_normal(shape)).astype(np.float32)
+    values = rng.standard_normal(shape)
+    values *= scale
+    return values.astype(np.float32)
 
 
 def image(index: int, height: int, width: int, stream: int = 7) -> np.ndarray:

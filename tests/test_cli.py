@@ -53,7 +53,7 @@ def test_a_signal_ends_in_one_line_that_says_how_to_go_on(at, tmp_path):
     is_ready = lambda: len(list(tmp_path.glob("*/parts/clean/000002.npz"))) == len(kinds)
     while not is_ready() and time.monotonic() < give_up:
         time.sleep(0.1)
-    time.sleep(4)  # by now JAX computes steps of an attack, for hours
+    time.sleep(2)  # by now JAX computes steps of an attack, for hours
     for number, process in started.items():
         process.send_signal(number)
     for number, (status, said) in kinds.items():
