@@ -103,3 +103,18 @@ def test_the_full_size_is_a_preset_of_its_own(data, tmp_path):
         reproduce_cifar.training(config, "fair")
     with pytest.raises(UserError, match="lore@RHO with a number above 0, got 'lore@x'"):
         reproduce_cifar.training(config, "lore@x")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"fine_tunings": ("targeted", "faer")}, "did you mean 'fare'"),
+        ({"fine_tunings": ("targeted", "fare"), "noise": -0.1}, "noise"),
+    ],
+)
+def test_what_is_wrong_with_a_later_training_is_said_before_the_first(
+    changes, message, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Train, "run", lambda *_, **__: pytest.fail("it began to train"))
+    with pytest.raises(UserError, match=message):
+        reproduce_cifar.main(reproduce_cifar.Config(data, tmp_path / "out", **changes))

@@ -30,7 +30,7 @@ from ur_jax.attacks import StrongConfig
 from ur_jax.checks import check_whole
 from ur_jax.errors import UserError, unknown_name
 from ur_jax.jobs import attack_table_kinds
-from ur_jax.jobs.attack_table_kinds import Bench, Kind, Sizes
+from ur_jax.jobs.attack_table_kinds import Bench, Kind
 from ur_jax.jobs.progress import console
 from ur_jax.typed import check_types
 
@@ -74,11 +74,6 @@ class Config:
         for eps in self.eps:
             StrongConfig(eps, self.budget)
 
-    @property
-    def sizes(self) -> Sizes:
-        """How many images, and how long they are attacked."""
-        return Sizes(self.num_images, self.num_clean, self.budget, self.patch, self.seed)
-
     def others(self, encoder: str) -> tuple[str, ...]:
         """The encoders beside one."""
         return tuple(other for other in self.encoders if other != encoder)
@@ -105,7 +100,7 @@ def main(config: Config) -> int:
 
 def _kinds(config: Config, encoder: str) -> dict[str, Kind]:
     """{name: kind} of an encoder's rows."""
-    return attack_table_kinds.kinds(config.sizes, config.others(encoder))
+    return attack_table_kinds.kinds(config, config.others(encoder))
 
 
 def _missing(config: Config, encoder: str, done: dict[_Key, Any]) -> Iterator[dict[str, Any]]:
@@ -121,8 +116,8 @@ def _missing(config: Config, encoder: str, done: dict[_Key, Any]) -> Iterator[di
     if not missing:
         return
     others = config.others(encoder)
-    bench = Bench.open(encoder, others, config.images, config.sizes)
-    possible = attack_table_kinds.kinds(config.sizes, tuple(bench.others))
+    bench = Bench.open(config, encoder)
+    possible = attack_table_kinds.kinds(config, tuple(bench.others))
     for other in (name for name in others if name not in bench.others):
         console.print(f"{encoder} and {other} look at other pixels: nothing is transferred.")
     for eps, name, kind in missing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,26 +31,11 @@ from ur_jax.errors import UserError
 from ur_jax.metrics import DistanceDistribution
 from ur_jax.types import Array
 
+if TYPE_CHECKING:
+    from ur_jax.jobs.attack_table import Config
+
 _CLEAN_AT_ONCE = 128
 _UNIVERSAL_BATCH, _EOT_SAMPLES = 32, 4
-
-
-class Sizes(NamedTuple):
-    """How many images, and how long they are attacked.
-
-    Attributes:
-      num_images: attacked ones, evenly spaced.
-      num_clean: images of the bank, evenly spaced; all by default.
-      budget: gradient steps of a start.
-      patch: side of the patch, in pixels.
-      seed: of every random draw.
-    """
-
-    num_images: int
-    num_clean: int | None
-    budget: int
-    patch: int
-    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +43,7 @@ class Bench:
     """What every attack on an encoder is given.
 
     Attributes:
-      sizes: how many.
+      config: of the command.
       encoder: what is attacked.
       others: {name: encoder} that look at the same pixels.
       images: attacked ones (B,H,W,3) in [0,1].
@@ -69,7 +54,7 @@ class Bench:
       distribution: of the bank's distances.
     """
 
-    sizes: Sizes
+    config: Config
     encoder: Encoder
     others: dict[str, Encoder]
     images: Array
@@ -80,12 +65,12 @@ class Bench:
     distribution: DistanceDistribution
 
     @classmethod
-    def open(cls, place: str, others: Sequence[str], images: str, sizes: Sizes) -> Bench:
+    def open(cls, config: Config, place: str) -> Bench:
         """Loads the encoders and the images, and encodes the bank."""
-        encoder, source = loading.load_encoder(place), data.open_images(images)
+        encoder, source = loading.load_encoder(place), data.open_images(config.images)
         total = len(source)
-        chosen = data.evenly_spaced(total, sizes.num_images, what="num_images")
-        of_bank = data.evenly_spaced(total, sizes.num_clean or total, what="num_clean")
+        chosen = data.evenly_spaced(total, config.num_images, what="num_images")
+        of_bank = data.evenly_spaced(total, config.num_clean or total, what="num_clean")
         load = lambda indices: data.load_uint8(
             source, indices, input_size=encoder.input_size, preparation=encoder.preparation
         ).images.astype(np.float32) / np.float32(255.0)  # fmt: skip
@@ -97,11 +82,11 @@ class Bench:
         apart = np.setdiff1d(of_bank, chosen)[: 4 * _UNIVERSAL_BATCH]
         rows = {index: row for row, index in enumerate(of_bank)}
         attacked = jnp.asarray(load(chosen))
-        key = jax.random.fold_in(jax.random.key(sizes.seed), 1)
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
         pixels = lambda encoder: (encoder.input_size, encoder.preparation)
-        loaded = {name: loading.load_encoder(name) for name in others}
+        loaded = {name: loading.load_encoder(name) for name in config.others(place)}
         return cls(
-            sizes=sizes,
+            config=config,
             encoder=encoder,
             others={k: other for k, other in loaded.items() if pixels(other) == pixels(encoder)},
             images=attacked,
@@ -115,7 +100,7 @@ class Bench:
     @property
     def key(self) -> Array:
         """Of an attack's draws."""
-        return jax.random.key(self.sizes.seed)
+        return jax.random.key(self.config.seed)
 
     def of(self, images: Array) -> Array:
         """Representations (B,1,D) of images that were made by one attack."""
@@ -170,14 +155,14 @@ class Kind(NamedTuple):
     takes_radius: bool = True
 
 
-def kinds(sizes: Sizes, others: Sequence[str]) -> dict[str, Kind]:
+def kinds(config: Config, others: Sequence[str]) -> dict[str, Kind]:
     """{name: kind}, of one encoder weakest first; the paper's are at its own steps.
 
     Args:
-      sizes: how many.
+      config: of the command.
       others: names of the other encoders, on which attacks are made too.
     """
-    budget, side = sizes.budget, sizes.patch
+    budget, side = config.budget, config.patch
     of = lambda steps, **more: lambda eps: AttackConfig(eps, num_steps=steps, **more)
     tenth = lambda rule: lambda eps: AttackConfig(eps, eps / 10, budget, rule=rule)
     apgd = functools.partial(of, rule="apgd")
@@ -224,7 +209,7 @@ def _gradient(
 
 def _strong(bench: Bench, eps: float) -> Made:
     """The worst of all."""
-    settings, bank = StrongConfig(eps, bench.sizes.budget, with_bank=True), jnp.asarray(bench.bank)
+    settings, bank = StrongConfig(eps, bench.config.budget, with_bank=True), jnp.asarray(bench.bank)
     run = lambda: strong(bench.encoder, bench.images, bench.key, config=settings, bank=bank).each
     steps = {k: c.num_steps * settings.num_restarts for k, c in settings.members.items()}
     queries = steps.pop("square", 0)
@@ -235,7 +220,7 @@ def _one_for_all(bench: Bench, eps: float) -> Made:
     """Made on images of the bank that are not attacked, over and over."""
     if not len(bench.stream):
         raise UserError("Expected images in the bank that are not attacked: raise num_clean.")
-    budget, size = bench.sizes.budget, _UNIVERSAL_BATCH
+    budget, size = bench.config.budget, _UNIVERSAL_BATCH
     settings = AttackConfig(eps, eps / 10, budget)
 
     def run() -> Array:
@@ -265,18 +250,18 @@ def _through_shifts(bench: Bench, eps: float) -> Made:
             num_samples=_EOT_SAMPLES,
         ).images
     )  # fmt: skip
-    return Made(run, _EOT_SAMPLES * bench.sizes.budget)
+    return Made(run, _EOT_SAMPLES * bench.config.budget)
 
 
 def _apgd(bench: Bench, eps: float) -> AttackConfig:
     """The paper's objective by APGD."""
-    return AttackConfig(eps, num_steps=bench.sizes.budget, rule="apgd")
+    return AttackConfig(eps, num_steps=bench.config.budget, rule="apgd")
 
 
 def _made_on(bench: Bench, eps: float, source: Encoder) -> Made:
     """Attacks one encoder, measures another."""
     attacked = lambda: u_pgd(source, bench.images, bench.key, config=_apgd(bench, eps)).images
-    return Made(lambda: bench.of(attacked()), bench.sizes.budget)
+    return Made(lambda: bench.of(attacked()), bench.config.budget)
 
 
 def _transferred(other: str) -> Kind:
@@ -299,7 +284,7 @@ def _median_distance(clean: Array) -> float:
 
 def _patch(bench: Bench, eps: float) -> Made:
     """A square of any values, at a random place of each image."""
-    side, budget = bench.sizes.patch, bench.sizes.budget
+    side, budget = bench.config.patch, bench.config.budget
     config = PatchConfig(height=side, width=side, num_steps=budget)
     run = lambda: patch_attack(bench.encoder, bench.images, bench.key, config=config)
     return Made(lambda: run().representations[:, None], budget)

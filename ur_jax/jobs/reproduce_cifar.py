@@ -94,10 +94,10 @@ def main(config: Config) -> int:
     for split in ("train", "test"):
         if not (config.data / split).is_dir():
             raise NotFoundError(f"Expected --data with a folder {split}/ in it, got {config.data}.")
-    for name in config.fine_tunings:
+    jobs = {name: training(config, name) for name in config.fine_tunings}  # or raises, at once
+    for name, job in jobs.items():
         console.rule(f"training: {name}")
-        cache = config.benchmark.image_cache
-        training(config, name).run(place(config, name), image_cache=cache)
+        job.run(place(config, name), image_cache=config.benchmark.image_cache)
     status = benchmark.main(measured(config))
     from ur_jax.report import collect, compare, terminal  # above the jobs, which they read
 
