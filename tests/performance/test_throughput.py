@@ -135,6 +135,28 @@ def test_no_case_begins_after_the_budget(monkeypatch):
     assert results == [] and len(context["left_out"]) == 3
 
 
+def test_what_is_compiled_ahead_in_threads_gives_the_same_cases(monkeypatch):
+    monkeypatch.setattr(suite, "device_peaks", lambda dtypes: timing.Peaks({"float32": 1e9}, 1e9))
+    sweep = performance.Sweep(
+        works=("forward", "distances", "center"),
+        encoders=("demo",),
+        num_center=16,
+        num_rows=16,
+        repeats=1,
+    )
+    made = []
+    for name, kind in work.WORKS.items():
+        make = lambda size, name=name, kind=kind: made.append(name) or kind.make(size)
+        monkeypatch.setitem(work.WORKS, name, kind._replace(make=make))
+    with tiny_encoder.stands_for_demo():
+        results, context = performance.run([sweep, sweep], compile_threads=2)
+    assert [r.work for r in results] == 2 * list(sweep.works) and context["left_out"] == []
+    assert sorted(made[:2]) == ["center", "forward"]  # before the first case, once
+    assert made.count("distances") == 2
+    with pytest.raises(UserError, match="compile_threads >= 1, got 0"):
+        performance.run([sweep], compile_threads=0)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

@@ -15,6 +15,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=suite.PRESETS, default="cpu")
     parser.add_argument("--against", choices=suite.AGAINST, default="nothing")
     parser.add_argument("--budget", type=float, default=450.0, help="seconds to begin cases in")
+    parser.add_argument("--compile-threads", type=int, default=1, help="programs compiled at once")
     parser.add_argument("--rehearse", action="store_true", help="all of it at toy size, on a CPU")
     parser.add_argument("--out", default="throughput.json", help="results, written case by case")
     args = parser.parse_args()
@@ -31,7 +32,13 @@ def main() -> None:
     sweeps = suite.PRESETS[args.preset]
     if args.rehearse:
         sweeps = suite.rehearsal(sweeps)
-    results, context = suite.run(sweeps, against=args.against, budget=args.budget, on_results=write)
+    results, context = suite.run(
+        sweeps,
+        against=args.against,
+        budget=args.budget,
+        compile_threads=args.compile_threads,
+        on_results=write,
+    )
     print(suite.markdown(results))
     print({name: value for name, value in context.items() if name != "results"})
 

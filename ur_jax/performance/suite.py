@@ -8,6 +8,7 @@ import itertools
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -245,6 +246,7 @@ def run(
     *,
     against: str = "nothing",
     budget: float = float("inf"),
+    compile_threads: int = 1,
     on_results: Callable[[list[Result], dict[str, Any]], Any] = lambda results, context: None,
 ) -> tuple[list[Result], dict[str, Any]]:
     """Measures every case, ours and PyTorch's by turns in this process.
@@ -253,6 +255,9 @@ def run(
       sweeps: what to measure, see `PRESETS`.
       against: "nothing" or "torch".
       budget: seconds after which no further case begins.
+      compile_threads: more than one: what can be is compiled before the first case, so many
+        programs at once, which a GPU's many cores do in a fraction of the time. The seconds of
+        compiling then are of programs that wait for each other.
       on_results: called with all results and the context after each case.
 
     Returns:
@@ -268,6 +273,8 @@ def run(
     mesh = data_mesh()
     for _, size, _ in cases:
         check_divisible(size.batch_size, mesh)
+    if compile_threads < 1:
+        raise UserError(f"Expected compile_threads >= 1, got {compile_threads}.")
     others = lambda name, size: []
     if against == "torch":
         from ur_jax.performance import torch_work
@@ -278,13 +285,17 @@ def run(
     peaks = device_peaks(dtypes)
     context = _context(peaks)
     results: list[Result] = []
+    made = _compiled_ahead([(name, size) for name, size, _ in cases], compile_threads)
     for name, size, repeats in cases:
         label = f"{name} {size.encoder} {size.dtype} {size.batch_size}"
         if time.monotonic() - started > budget:
             context["left_out"].append(f"{label}: no time left")
             continue
         try:
-            workloads = [work.WORKS[name].make(size), *others(name, size)]
+            ahead = made.pop((name, size), None)
+            ours = work.WORKS[name].make(size) if ahead is None else ahead.result()
+            theirs = _fitting(others, name, size, f"{label}, PyTorch", context["left_out"])
+            workloads = [ours, *theirs]
             times = time_by_turns(workloads, repeats)
         # Both libraries' "out of memory", or no such work of this encoder: the other cases go on.
         except (RuntimeError, UserError) as error:
@@ -295,6 +306,29 @@ def run(
         context["peak_host_memory_bytes"] = _peak_host_memory()
         on_results(results, context)
     return results, context
+
+
+def _fitting(others, name: str, size: work.Size, label: str, left_out: list[str]):
+    """The others' workloads; none if their memory does not suffice, for which ours goes on."""
+    try:
+        return others(name, size)
+    except RuntimeError as error:
+        left_out.append(f"{label}: {str(error).splitlines()[0]}")
+        return []
+
+
+def _compiled_ahead(
+    cases: Sequence[tuple[str, work.Size]], threads: int
+) -> dict[tuple[str, work.Size], Future[Workload]]:
+    """Those of `cases` that are one program, compiled in threads; none with one thread."""
+    if threads == 1:
+        return {}
+    with ThreadPoolExecutor(threads) as pool:
+        return {
+            (name, size): pool.submit(work.WORKS[name].make, size)
+            for name, size in dict.fromkeys(cases)
+            if work.WORKS[name].is_one_program
+        }
 
 
 def _results(

@@ -33,6 +33,7 @@ def workloads(name: str, size: work.Size) -> list[Workload]:
     except ValueError:
         return []
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.cuda.empty_cache()  # the memory of the case before
     images = torch.from_numpy(work.random_images(size)).permute(0, 3, 1, 2).contiguous().to(device)
     published = make(network.to(device), images, size, PUBLISHED)
     return [published, _best(make, size, images)]

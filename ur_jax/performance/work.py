@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -261,20 +261,22 @@ def training(size: Size) -> Workload:
 
 
 class Work(NamedTuple):
-    """A kind of work: how it is made, its unit, and how many of the unit a number counts."""
+    """A kind of work: how it is made, its unit, how many of the unit a number counts, and whether
+    making it compiles one program and runs nothing."""
 
     make: Callable[[Size], Workload]
     unit: str
     per: float = 1.0
+    is_one_program: bool = False
 
 
-WORKS: Mapping[str, Work] = {
-    "u_pgd": Work(u_pgd, "image-steps/s"),
-    "forward": Work(forward, "images/s"),
-    "noisy": Work(noisy_samples, "samples/s"),
-    "noise": Work(noise, "samples/s"),
-    "grid-noise": Work(grid_noise, "samples/s"),
-    "center": Work(center, "centers/s"),
+WORKS: dict[str, Work] = {
+    "u_pgd": Work(u_pgd, "image-steps/s", is_one_program=True),
+    "forward": Work(forward, "images/s", is_one_program=True),
+    "noisy": Work(noisy_samples, "samples/s", is_one_program=True),
+    "noise": Work(noise, "samples/s", is_one_program=True),
+    "grid-noise": Work(grid_noise, "samples/s", is_one_program=True),
+    "center": Work(center, "centers/s", is_one_program=True),
     "distances": Work(distances, "pairs/s"),
     "training": Work(training, "images/s"),
     "certificates": Work(certificates, "certificates/h", 3600.0),
