@@ -11,6 +11,7 @@ import re
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 import pytest
 from jax import export
 from jax.extend.core import ClosedJaxpr, Jaxpr
@@ -20,7 +21,7 @@ from ur_jax import attacks
 from ur_jax.certify import sampling
 from ur_jax.devices import data_mesh
 from ur_jax.encoders import loading
-from ur_jax.encoders.networks import resnet
+from ur_jax.encoders.networks import amdim, resnet, vit
 from ur_jax.performance.work import program_cost
 
 BATCH, SIZE = 4, (64, 64)
@@ -153,17 +154,27 @@ def test_one_compilation_per_configuration(encoder, images):
     assert attacks.unsupervised._u_pgd._cache_size() == before
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("name", ["resnet50", "mae", "amdim"])
-def test_an_attack_lowers_for_accelerators(name, platform):
-    encoder = loading.abstract_encoder(name, dtype="bfloat16")
-    image = jax.ShapeDtypeStruct((1, *encoder.input_size, 3), jnp.float32)
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [
+        (NETWORK, SIZE),
+        (vit.ViT(16, 2, 2, image_size=SIZE[0]), SIZE),
+        (amdim.AMDIM(width=4, dimension=32, depth=2), (128, 128)),
+    ],
+    ids=["resnet", "vit", "amdim"],
+)
+def test_an_attack_lowers_for_accelerators(network, size):
+    variables = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables)
+    encoder = ur_jax.from_fn(network.apply, zeros, input_size=size, dtype="bfloat16")
+    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     attack = jax.jit(lambda *arrays: ur_jax.u_pgd(*arrays, config=ur_jax.AttackConfig(num_steps=2)))
     key = jax.eval_shape(lambda: jax.random.key(0))
     # JAX's own attention mixes dtypes when its gradient is lowered, which strictness refuses.
     with jax.numpy_dtype_promotion("standard"):
-        program = export.export(attack, platforms=[platform])(encoder, image, key).mlir_module()
-    assert "stablehlo.while" in program
+        for platform in ("cuda", "tpu"):
+            program = export.export(attack, platforms=[platform])(encoder, image, key)
+            assert "stablehlo.while" in program.mlir_module()
 
 
 def _encode(encoder, images):
