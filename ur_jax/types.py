@@ -43,8 +43,9 @@ class Curve:
       caption: what the figure shows and which direction is robust, a sentence or two.
       x, value: (N,) points.
       low, high: (N,) ends of the 95 % interval, if there is one.
-      kind: "line", "step" (a share as a step function) or "points" (a panel per encoder, with the
-        share of them below 0).
+      kind: "line", "step" (a share as a step function), "mark" (single points with their intervals,
+        in a panel with lines) or "points" (a panel per encoder, with the share of them below 0).
+      series: of a further curve of the encoder in a panel, what it is; "" of the main one.
     """
 
     figure: str
@@ -57,6 +58,7 @@ class Curve:
     low: np.ndarray | None = None
     high: np.ndarray | None = None
     kind: str = "line"
+    series: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,7 +199,7 @@ class LabelFree(Job):
             return
         clean = self._bank(session).run.read_parts("clean")
         gallery = tables.gallery(session.run, clean, session.mesh)
-        rows = gallery["neighbours"]
+        rows = np.stack([gallery["before"], gallery["after"]], 1)
         decoded = load_uint8(
             self.source(), rows.ravel(),
             input_size=self.model.input_size, preparation=self.model.preparation,
@@ -209,7 +209,8 @@ class LabelFree(Job):
             gallery["images"],
             gallery["attacked_images"],
             decoded.reshape(*rows.shape, *decoded.shape[1:]) / 255.0,
-            rows == gallery["index"][:, None],
+            rows,
+            gallery["index"],
         )
 
     @property
@@ -235,6 +236,9 @@ class LabelFree(Job):
         scale = tables.median_clean_distance((summary, *siblings.values()))
         if "attacks" in stages:
             yield from tables.attack_curves(folder, scale)
+        if "strongest" in stages:
+            steps = summary.identity["protocol"]["strong_steps"]
+            yield from tables.strongest_curves(folder, scale, steps)
         if "overlap" in stages and scale is not None:
             yield tables.margin_curve(folder, scale)
 

@@ -45,6 +45,7 @@ WORST = {
 }
 """The value of an attacked image whose representation is NaN or infinite."""
 _NUM_NEIGHBOURS = 5
+_MOVED = "distance moved / median clean distance"
 
 Bank = Mapping[str, np.ndarray]
 
@@ -173,15 +174,18 @@ def overlap_rows(run: Run, config: EvaluationConfig) -> Iterator[Row]:
 
 
 def gallery(run: Run, bank: Bank, mesh: Mesh) -> dict[str, np.ndarray]:
-    """The shown images, attacked, and the bank's rows nearest to them: "neighbours" (S,K)."""
-    shown_images, attacked = run.read_parts("gallery"), run.read_parts("breakaway")["attacked"]
-    shown = run.read_parts("breakaway")["index"]
+    """The shown images, attacked, and the clean images nearest to either: indices "before" and
+    "after" the attack (S,K)."""
+    shown_images, part = run.read_parts("gallery"), run.read_parts("breakaway")
+    shown = part["index"]
     rows = [np.flatnonzero(shown == index)[0] for index in shown_images["index"] if index in shown]
     k = min(_NUM_NEIGHBOURS, len(bank["clean"]))
-    nearest = metrics.nearest_neighbours(jnp.asarray(attacked[rows]), bank["clean"], k=k, mesh=mesh)
+    queries = jnp.concatenate([part["clean"][rows], part["attacked"][rows]])
+    nearest = metrics.nearest_neighbours(queries, bank["clean"], k=k, mesh=mesh)
+    before, after = np.split(bank["index"][np.asarray(nearest.indices)], 2)
     keep = np.isin(shown_images["index"], shown)
     kept = {name: value[keep] for name, value in shown_images.items()}
-    return kept | {"neighbours": bank["index"][np.asarray(nearest.indices)]}
+    return kept | {"before": before, "after": after}
 
 
 def median_clean_distance(summaries: Iterable[Summary]) -> float | None:
@@ -204,7 +208,7 @@ def attack_curves(folder: Path, scale: float | None) -> Iterator[Curve]:
     table = runs.read_table(folder / "attacks.parquet")
     for eps in np.unique(table["eps"]):
         for mode, label in (
-            ("untargeted", "distance moved / median clean distance"),
+            ("untargeted", _MOVED),
             ("targeted", "distance to the target / that at the start"),
         ):
             chosen = (table["mode"] == mode) & (table["eps"] == eps)
@@ -226,11 +230,41 @@ def attack_curves(folder: Path, scale: float | None) -> Iterator[Curve]:
             estimates = [median_interval(column) for column in relative.T]
             value, low, high, _ = np.array(estimates).T
             yield Curve(
-                f"distance-eps-{eps:g}", f"{mode}, eps {eps:g}", "attack step", label,
+                *_panel(mode, eps), "attack step", label,
                 "Median over images, with its interval. Untargeted: robust is low; at 1 the image "
                 "has moved as far as two unrelated images are apart. Targeted: robust is high.",
                 np.arange(num_steps), value, low, high,
             )  # fmt: skip
+
+
+def strongest_curves(folder: Path, scale: float | None, num_steps: int) -> Iterator[Curve]:
+    """Median over the images of the farthest that any run of the strongest attack moved each.
+
+    Only the ends of its runs are kept, so it is one point in the panel of the untargeted attack.
+
+    Args:
+      folder, scale: as of `attack_curves`; nothing without a scale.
+      num_steps: of each of its runs.
+    """
+    table = runs.read_table(folder / "strongest.parquet", ("image", "eps", "dist_l2"))
+    for eps in np.unique(table["eps"]) if scale is not None else ():
+        chosen = table["eps"] == eps
+        index, far = table["image"][chosen], table["dist_l2"][chosen].astype(np.float64)
+        first = np.flatnonzero(np.append(True, index[1:] != index[:-1]))  # an image's runs follow
+        value, low, high, _ = median_interval(np.maximum.reduceat(far, first) / scale)
+        yield Curve(
+            *_panel("untargeted", eps), "attack step", _MOVED,
+            "Hollow, with its interval: the strongest attack found, of all its attacks and starts "
+            "the one that moves an image farthest. On record are only the ends of its runs, so it "
+            "stands at the number of their steps.",
+            np.array([num_steps]), *map(np.atleast_1d, (value, low, high)), kind="mark",
+            series="strongest found",
+        )  # fmt: skip
+
+
+def _panel(mode: str, eps: float) -> tuple[str, str]:
+    """Names of the figure and of the panel that distances by an attack are drawn in."""
+    return f"distance-eps-{eps:g}", f"{mode}, eps {eps:g}"
 
 
 def margin_curve(folder: Path, scale: float) -> Curve:

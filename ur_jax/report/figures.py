@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -28,14 +28,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Panels = Mapping[str, Mapping[str, Curve]]
-"""{panel: {encoder: its curve}} of one figure."""
+"""{panel: {name: curve}} of one figure: an encoder's, named after it, and what its `series` is."""
+
+
+class Look(NamedTuple):
+    """How an encoder is drawn in every figure: told from others by colour, and without it."""
+
+    color: str
+    line: str
+    marker: str
+
 
 _INK = "#26262b"
 # Legible on white and on near-black; hues that colour-blind readers tell apart (Okabe and Ito).
 _COLORS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#c98a00", "#3f9fd8", "#8c6bb1", "#808080"),
 )
-_LINES = ("-", "--", ":")
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = "os^DvPX*"
 _LONGEST_LABEL = 40
 STYLE = {
     **{name: _INK for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")},
@@ -99,7 +109,9 @@ def gather(
                 problems.append(f"{encoder}/{stage}: its curve {curve.panel!r} has no point.")
                 continue
             panel = figures.setdefault(curve.figure, {}).setdefault(curve.panel, {})
-            panel[f"{encoder}/{stage}" if encoder in panel else encoder] = curve
+            series = f", {curve.series}" if curve.series else ""
+            taken = f"{encoder}{series}" in panel
+            panel[f"{encoder}/{stage}{series}" if taken else f"{encoder}{series}"] = curve
     return figures, problems
 
 
@@ -113,28 +125,38 @@ def draw(panels: Panels, encoders: Sequence[str]) -> Figure:
     curves = [curve for by_encoder in panels.values() for curve in by_encoder.values()]
     if curves[0].kind == "points":
         return _points(panels)
-    names = [*encoders, *sorted({name for each in panels.values() for name in each} - {*encoders})]
+    names = _names(panels, encoders)
     with canvas.styled(STYLE):
         size = (4.75 * max(len(panels), 1.3), 3.8)
         figure, axes = canvas.new_figure(1, len(panels), size)
         handles: dict[str, Any] = {}
-        for axis, (title, by_encoder) in zip(axes[0], panels.items()):
-            first = next(iter(by_encoder.values()))
+        series: dict[str, Any] = {}
+        for axis, (title, by_name) in zip(axes[0], panels.items()):
+            first = next(iter(by_name.values()))
             axis.set(xlabel=first.x_label, ylabel=first.y_label)
-            if all(np.all(curve.x == np.round(curve.x)) for curve in by_encoder.values()):
+            if all(np.all(curve.x == np.round(curve.x)) for curve in by_name.values()):
                 axis.locator_params("x", integer=True)
             if len(panels) > 1:
                 axis.set_title(title)
-            add = _add_steps if first.kind == "step" else _add_lines
-            handles |= add(axis, names, by_encoder)
+            marks = {name: curve for name, curve in by_name.items() if curve.kind == "mark"}
+            lines = {name: curve for name, curve in by_name.items() if name not in marks}
+            add = _add_steps if _is_step(by_name) else _add_lines
+            marked, found = _add_marks(axis, names, marks)  # first, as lines fix the axis at 0
+            handles = marked | handles | add(axis, names, lines)  # a line rather than a mark
+            series |= found
         order = sorted(handles)
         figure.legend(
-            [handles[name] for name in order],
-            [*map(label, order)],
+            [*(handles[name] for name in order), *series.values()],
+            [*map(label, order), *series],
             loc="outside right center",
             fontsize=8,
         )
     return figure
+
+
+def owner(name: str, curve: Curve) -> str:
+    """Whose a curve is: its name in a panel without its series."""
+    return name.removesuffix(f", {curve.series}") if curve.series else name
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -163,12 +185,13 @@ def data_of(figure: Figure, panels: Panels, encoders: Sequence[str]) -> dict[str
 
     Returns:
       {"panels": of each its box in the figure (left, top, right, bottom as shares), the limits of
-      its axes, its labels, and of each encoder name, colour, points and the ids of its elements}.
+      its axes, its labels, and of each curve its name, whose it is, colour, points and the ids of
+      its elements}.
     """
     curves = [curve for by_encoder in panels.values() for curve in by_encoder.values()]
     if curves[0].kind == "points":
         return {}
-    names = [*encoders, *sorted({name for each in panels.values() for name in each} - {*encoders})]
+    names = _names(panels, encoders)
     found = []
     for axis, by_encoder in zip(figure.axes, panels.values()):
         box, first = axis.get_position(), next(iter(by_encoder.values()))
@@ -177,11 +200,13 @@ def data_of(figure: Figure, panels: Panels, encoders: Sequence[str]) -> dict[str
                 "box": [box.x0, 1 - box.y1, box.x1, 1 - box.y0],
                 "x": {"label": first.x_label, "limits": axis.get_xlim()},
                 "value": {"label": first.y_label, "limits": axis.get_ylim()},
-                "is_step": first.kind == "step",
+                "is_step": _is_step(by_encoder),
                 "curves": [
                     {
                         "name": name,
-                        "color": _look(names, name)[0],
+                        "owner": owner(name, curve),
+                        "color": _look(names, name, curve).color,
+                        "is_mark": curve.kind == "mark",
                         "id": _identifier(curve, names, name),
                         "x": _plain(curve.x),
                         "value": _plain(curve.value),
@@ -202,24 +227,32 @@ def _plain(values: np.ndarray) -> list[float | None]:
 
 def _identifier(curve: Curve, names: Sequence[str], name: str) -> str:
     """Of the elements of a curve: no two alike on a page, and no character of a name in it."""
-    place = f"{curve.figure} {curve.panel}".encode()
-    return f"c{zlib.crc32(place):08x}-{list(names).index(name)}"
+    place = f"{curve.figure} {curve.panel} {curve.series}".encode()
+    return f"c{zlib.crc32(place):08x}-{names.index(owner(name, curve))}"
+
+
+def _names(panels: Panels, encoders: Sequence[str]) -> list[str]:
+    """Whose curves are drawn, the encoders first; how they look is by their place here."""
+    drawn = {owner(name, curve) for each in panels.values() for name, curve in each.items()}
+    return [*encoders, *sorted(drawn - {*encoders})]
+
+
+def _is_step(curves: Mapping[str, Curve]) -> bool:
+    """Whether a panel has step functions."""
+    return any(curve.kind == "step" for curve in curves.values())
 
 
 def _add_lines(axis: Axes, names: Sequence[str], curves: Mapping[str, Curve]) -> dict[str, Any]:
     """Draws curves with their intervals; returns what the legend shows of each."""
     handles = {}
     for name, curve in curves.items():
-        color, line = _look(names, name)
-        [handles[name]] = axis.plot(
-            curve.x, curve.value, color=color, linestyle=line, linewidth=1.5,
-            gid=_identifier(curve, names, name),
-        )  # fmt: skip
+        styled, identifier = _styled(names, name, curve), _identifier(curve, names, name)
+        [handles[name]] = axis.plot(curve.x, curve.value, linewidth=1.5, gid=identifier, **styled)
         if curve.low is not None and curve.high is not None:
             finite = np.isfinite(curve.low) & np.isfinite(curve.high)
             axis.fill_between(
-                curve.x, curve.low, curve.high, where=finite, color=color, alpha=0.12, linewidth=0,
-                gid=f"{_identifier(curve, names, name)}-band",
+                curve.x, curve.low, curve.high, where=finite, color=styled["color"], alpha=0.12,
+                linewidth=0, gid=f"{identifier}-band",
             )  # fmt: skip
     if all(np.nanmin(curve.value, initial=0.0) >= 0.0 for curve in curves.values()):
         axis.set_ylim(bottom=0.0)
@@ -234,12 +267,45 @@ def _add_steps(axis: Axes, names: Sequence[str], curves: Mapping[str, Curve]) ->
     handles = {}
     for name, curve in curves.items():
         x, y = np.append(curve.x, right), np.append(curve.value, curve.value[-1])
-        color, line = _look(names, name)
-        [handles[name]] = axis.step(
-            x, y, where="post", color=color, linestyle=line, gid=_identifier(curve, names, name)
-        )
+        styled, identifier = _styled(names, name, curve), _identifier(curve, names, name)
+        [handles[name]] = axis.step(x, y, where="post", gid=identifier, **styled)
+        if curve.low is not None and curve.high is not None:
+            low, high = (np.append(end, end[-1]) for end in (curve.low, curve.high))
+            axis.fill_between(
+                x, low, high, step="post", color=styled["color"], alpha=0.12, linewidth=0,
+                gid=f"{identifier}-band",
+            )  # fmt: skip
     axis.set(ylim=(-0.02, 1.02), xlim=(0.0, right))
     return handles
+
+
+def _add_marks(
+    axis: Axes, names: Sequence[str], curves: Mapping[str, Curve]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Draws single points, hollow, with their intervals.
+
+    Returns:
+      What the legend shows of each encoder, and of each series.
+    """
+    handles, series = {}, {}
+    hollow: dict[str, Any] = {"linestyle": "none", "markersize": 7, "markerfacecolor": "none"}
+    for name, curve in curves.items():
+        look, identifier = _look(names, name, curve), _identifier(curve, names, name)
+        shown = np.isfinite(curve.value)
+        value = curve.value[shown]
+        ends = (curve.value if end is None else end for end in (curve.low, curve.high))
+        low, high = (np.where(np.isfinite(end[shown]), end[shown], value) for end in ends)
+        drawn = axis.errorbar(
+            curve.x[shown], value, (value - low, high - value),
+            color=look.color, marker=look.marker, capsize=2, **hollow,
+        )  # fmt: skip
+        line, caps, bars = drawn.lines
+        line.set_gid(identifier)
+        for artist in (*caps, *bars):
+            artist.set_gid(f"{identifier}-band")
+        handles[owner(name, curve)] = line
+        [series[curve.series]] = axis.plot([], [], color=_INK, marker="o", **hollow)
+    return handles, series
 
 
 def _points(panels: Panels) -> Figure:
@@ -276,11 +342,23 @@ def label(name: str) -> str:
     return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
 
 
-def _look(names: Sequence[str], name: str) -> tuple[str, str]:
-    """Colour and line of an encoder."""
-    return look(list(names).index(name))
+def _look(names: Sequence[str], name: str, curve: Curve) -> Look:
+    """Of the encoder whose curve it is."""
+    return look(names.index(owner(name, curve)))
 
 
-def look(place: int) -> tuple[str, str]:
-    """Colour and line of the encoder, or whatever else, at a place in a legend."""
-    return _COLORS[place % len(_COLORS)], _LINES[place // len(_COLORS) % len(_LINES)]
+def look(place: int) -> Look:
+    """Of the encoder, or whatever else, at a place in a legend; the first 32 are all different."""
+    lap, color = divmod(place, len(_COLORS))
+    return Look(_COLORS[color], _LINES[(place + lap) % len(_LINES)], _MARKERS[color])
+
+
+def _styled(names: Sequence[str], name: str, curve: Curve) -> dict[str, Any]:
+    """A line's settings; its markers, a few, stand beside those of other lines."""
+    place = names.index(owner(name, curve))
+    found = look(place)
+    start = 0.02 + 0.025 * (place % len(_MARKERS))
+    return {
+        "color": found.color, "linestyle": found.line, "marker": found.marker, "markersize": 4,
+        "markevery": (start, 0.22),
+    }  # fmt: skip

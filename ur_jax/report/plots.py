@@ -71,33 +71,46 @@ def plot_gallery(
     images: np.ndarray,
     attacked: np.ndarray,
     neighbours: np.ndarray,
-    is_own: np.ndarray,
+    indices: np.ndarray,
+    own: np.ndarray,
 ) -> None:
-    """Image, perturbation, attacked image and the clean images nearest to the attacked one.
+    """Each image and the clean images nearest to it, and below it the same attacked.
 
     Args:
       path: PNG to write.
       images: originals (S,H,W,3) in [0,1].
       attacked: attacked images, the same shape.
-      neighbours: clean images (S,K,H,W,3), nearest first.
-      is_own: (S,K) bool, where a neighbour is the image itself.
+      neighbours: clean images (S,2,K,H,W,3), nearest first, of the image and of the attacked one.
+      indices: (S,2,K) which images they are.
+      own: (S,) which the image itself is.
     """
-    num_rows, num_neighbours = neighbours.shape[:2]
-    if not num_rows:  # none of them could be read
+    num_images, _, num_neighbours = indices.shape
+    if not num_images:  # none of them could be read
         return
     delta = attacked - images
     scale = 0.5 / max(float(np.abs(delta).max()), 1e-12)
-    rows = [
-        (images[row], 0.5 + scale * delta[row], attacked[row], *neighbours[row])
-        for row in range(num_rows)
-    ]
-    figure, axes = _show(rows, (1.3 * (3 + num_neighbours), 1.4 * num_rows))
-    _frame(axes[:, 3:][is_own], "#15803d")
-    titles = ["image", f"perturbation\n(times {scale:.0f})", "attacked"]
+    blank = np.ones_like(images[0])
+    rows = []
+    for image, change, moved, (before, after) in zip(images, delta, attacked, neighbours):
+        rows += [(image, blank, *before), (moved, 0.5 + scale * change, *after)]
+    figure, axes = _show(rows, (1.3 * (2 + num_neighbours), 1.32 * len(rows) + 0.5))
+    for axis in axes[::2, 1]:
+        axis.set_axis_off()
+    for axis, name in zip(axes[:, 0], ("image", "attacked") * num_images):
+        axis.set_ylabel(name, fontsize=9)
+    titles = ["", f"perturbation\n(times {scale:.0f})"]
     titles += [f"neighbour {k + 1}" for k in range(num_neighbours)]
     for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=8)
-    figure.supxlabel("green frame: the image itself", fontsize=8)
+        axis.set_title(title, fontsize=9)
+    is_own = indices == own[:, None, None]
+    stayed = (indices[:, 1, :, None] == indices[:, 0, None, :]).any(2) & ~is_own[:, 1]
+    _frame(axes[:, 2:][is_own.reshape(len(rows), -1)], "#15803d")
+    _frame(axes[1::2, 2:][stayed], "#1d4ed8", (0, (2, 1)))
+    figure.supxlabel(
+        "Nearest clean images. Whole green frame: the image itself; dashed blue: one that was "
+        "near before the attack, too.",
+        fontsize=9,
+    )
     save_png(figure, path)
 
 
@@ -199,8 +212,8 @@ def _show(rows: Sequence[Sequence[Any]], size: tuple[float, float]) -> tuple[Any
     return figure, axes
 
 
-def _frame(axes: Sequence[Any], color: str) -> None:
+def _frame(axes: Sequence[Any], color: str, line: Any = "-") -> None:
     """Puts a frame around pictures."""
     for axis in axes:
         for side in axis.spines.values():
-            side.set(color=color, linewidth=3)
+            side.set(color=color, linewidth=3, linestyle=line)

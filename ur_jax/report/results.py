@@ -86,13 +86,14 @@ def _draw(axis: Any, rows: Sequence[Row]) -> None:
         text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings)
         lines.setdefault(text, []).append(row)
     for place, (text, points) in enumerate(lines.items()):
-        color, line = figures.look(place)
+        look = figures.look(place)
         x = [getattr(row, against) for row in points] if against else [place]
         low, high = ([row.value - _end(row, "low") for row in points],
                      [_end(row, "high") - row.value for row in points])  # fmt: skip
         axis.errorbar(
             x, [row.value for row in points], (low, high),
-            color=color, linestyle=line, marker="o", markersize=3, capsize=2, label=text,
+            color=look.color, linestyle=look.line, marker=look.marker, markersize=4, capsize=2,
+            label=text,
         )  # fmt: skip
     if against:
         axis.set_xlabel(against)
@@ -117,8 +118,8 @@ def _bars(axis: Any, comparison: Comparison, pair: tuple[str, str]) -> None:
         wins, n = verdict.wins, verdict.result.n
         first, second = (wins[name] / n for name in pair)
         alpha = _DECIDED if verdict.winner else _OPEN
-        axis.barh(place, -first, color=figures.look(0)[0], alpha=alpha)
-        axis.barh(place, second, color=figures.look(1)[0], alpha=alpha)
+        axis.barh(place, -first, color=figures.look(0).color, alpha=alpha)
+        axis.barh(place, second, color=figures.look(1).color, alpha=alpha)
         if verdict.winner is None:
             axis.annotate("not decided", (1.0, place), fontsize=7, ha="right", va="center")
     titles = [" ".join((v.column.column.title, v.column.setting)) for v in found]

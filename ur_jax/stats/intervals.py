@@ -87,6 +87,23 @@ def proportion_interval(successes: int, n: int, *, confidence: float = 0.95) -> 
     return Estimate(successes / n, float(ends.low), float(ends.high), int(n))
 
 
+def proportion_bounds(successes: ArrayLike, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of `proportion_interval` at 95 %, for many counts of the same n images at once.
+
+    Args:
+      successes: counts (K,), 0 <= successes <= n.
+      n: how many images, >= 1.
+
+    Returns:
+      low and high ends (K,), float64; each pair holds for its count alone, not all of them at once.
+    """
+    counts = np.asarray(successes, np.float64)
+    with np.errstate(invalid="ignore"):  # a count of 0 or n has no quantile, and needs none
+        low = stats.beta.ppf(0.025, counts, n - counts + 1)
+        high = stats.beta.ppf(0.975, counts + 1, n - counts)
+    return np.where(counts == 0, 0.0, low), np.where(counts == n, 1.0, high)
+
+
 def mean_interval(
     values: ArrayLike,
     *,

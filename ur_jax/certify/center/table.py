@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ur_jax import metrics
+from ur_jax.certify import shares
 from ur_jax.certify.center.config import CenterConfig
 from ur_jax.certify.center.smoothing import center_smoothing
 from ur_jax.certify.registry import CERTIFICATES, CertificateKind, Columns
@@ -19,7 +20,7 @@ from ur_jax.types import Curve, Values
 
 _CAPTION = (
     "Share of images whose certified divergence is at most x; what is missing to 1 has no "
-    "certificate. Robust is left and high."
+    f"certificate. Robust is left and high. {shares.BAND}"
 )
 
 
@@ -48,12 +49,11 @@ def curves(columns: Columns) -> Iterator[Curve]:
         ("quantile", "eps_out as a quantile of clean distances"),
         ("normalised", "eps_out / median clean distance"),
     ):
-        values = np.sort(columns[name][~columns["abstained"]].astype(np.float64))
-        x = np.concatenate([[0.0], values])
+        certified = columns[name][~columns["abstained"]]
+        share = shares.at_most(certified, len(columns["abstained"]))
         yield Curve(
-            "certified-divergence", name, label, "share of images", _CAPTION,
-            x, np.arange(len(x)) / len(columns["abstained"]), kind="step",
-        )  # fmt: skip
+            "certified-divergence", name, label, "share of images", _CAPTION, *share, kind="step"
+        )
 
 
 def values(columns: Columns, rows: Sequence[Row]) -> Iterator[Values]:

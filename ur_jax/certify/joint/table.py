@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from ur_jax import metrics
+from ur_jax.certify import shares
 from ur_jax.certify.center.table import median_with_infinity
 from ur_jax.certify.joint.config import StreamConfig
 from ur_jax.certify.joint.cosine import CosineConfig
@@ -109,30 +110,42 @@ def curves(method: str, columns: Columns) -> Iterator[Curve]:
         ("quantile", "eps_out as a quantile of clean distances"),
         ("normalised", "eps_out / median clean distance"),
     ):
-        values = np.stack(list(columns[name]))[:, 0].astype(np.float64)
-        values = np.sort(values[~columns["abstained"]])
-        x = np.concatenate([[0.0], values])
+        certified = np.stack(list(columns[name]))[:, 0][~columns["abstained"]]
         yield Curve(
             f"certified-divergence-{method.replace('_', '-')}", name, label, "share of images",
             "Share of images whose certified divergence is at most x; what is missing to 1 has no "
-            f"certificate. Robust is left and high. {SAID[method]}",
-            x, np.arange(len(x)) / len(columns["abstained"]), kind="step",
+            f"certificate. Robust is left and high. {shares.BAND} {SAID[method]}",
+            *shares.at_most(certified, len(columns["abstained"])), kind="step",
         )  # fmt: skip
 
 
 def cosine_curves(columns: Columns) -> Iterator[Curve]:
-    """Median over images of the certified cosine against the radius, in units of sigma."""
+    """The certified cosine: its median over images against the radius, in units of sigma, and the
+    share of images that keep at least each at the first eps_in."""
     ratio = np.linspace(0.0, 3.0, 61)
     lower = np.clip(columns["lower"].astype(np.float64), -1.0, 1.0)
     cosine = 2 * stats.norm.cdf(stats.norm.ppf((1 + lower) / 2)[:, None] - ratio) - 1
     cosine = np.where(cosine >= 0, cosine, -1.0)
     cosine[columns["abstained"] & (columns["num_bad"] > 0)] = -1.0
-    low, middle, high = np.quantile(cosine, [0.25, 0.5, 0.75], axis=0)
+    levels = 0.25, 0.5, 0.75
+    found = np.quantile(cosine, levels, axis=0)
+    # Where that share of the images has none, -1, no value between it and another's is shown.
+    found[np.quantile(cosine, levels, axis=0, method="lower") < 0] = np.nan
+    low, middle, high = found
+    said = f"Robust is high. {SAID['cosine']}"
     yield Curve(
-        "certified-cosine", "cosine", "l2 radius / sigma", "certified cosine",
-        "Median over images (band: quartiles) of the least cosine that the direction of the "
-        f"population's smoothed encoder keeps within the radius. Robust is high. {SAID['cosine']}",
-        ratio, middle, low, high,
+        "certified-cosine", "against the radius", "l2 radius / sigma", "certified cosine",
+        "Against the radius: the least cosine that the direction of the population's smoothed "
+        "encoder keeps within it, as median over images (band: quartiles), to where so many of "
+        f"them have none. {said}", ratio, middle, low, high,
+    )  # fmt: skip
+    certified = np.stack(list(columns["cosine"]))[:, 0]
+    certified = certified[~columns["abstained"] & (certified >= 0)]
+    yield Curve(
+        "certified-cosine", "at the first eps_in", "certified cosine", "share of images",
+        "At the first eps_in: share of images whose certified cosine there, the number reported, "
+        f"is at least x. {shares.BAND} {said}",
+        *shares.at_least(certified, len(cosine)), kind="step",
     )  # fmt: skip
 
 
@@ -157,14 +170,11 @@ def neighbour_curves(columns: Columns) -> Iterator[Curve]:
     counted = ~columns["abstained"]
     if (columns["label"] >= 0).all():
         counted = counted & (columns["predicted"] == columns["label"])
-    values = np.sort(columns["radius"][counted].astype(np.float64))
-    x = np.concatenate([[0.0], values])
-    left = np.append(len(values), len(values) - 1 - np.arange(len(values)))
     yield Curve(
         "certified-neighbour", "nearest direction", "l2 radius (pixel units)", "share of images",
         "Share of images whose own direction is certified to be the nearest within the radius. "
-        f"Robust is high. {SAID['neighbour']}",
-        x, left / len(counted), kind="step",
+        f"Robust is high. {shares.BAND} {SAID['neighbour']}",
+        *shares.at_least(columns["radius"][counted], len(counted)), kind="step",
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ur_jax.certify import shares
 from ur_jax.certify.randomized.certificate import certified_radius, lower_bound
 from ur_jax.certify.randomized.config import RandomizedConfig
 from ur_jax.certify.randomized.smoothing import randomized_smoothing
@@ -55,8 +56,9 @@ def curves(columns: Columns) -> Iterator[Curve]:
         name, what = "certified-accuracy", "certified accuracy"
         caption = "Share of images that are classified right, and certified to stay so within the "
         caption += "radius. Robust is high."
-    x, share = _survival(np.where(counted, columns["radius"], -1.0))
-    yield Curve(name, what, "l2 radius (pixel units)", what, caption, x, share, kind="step")
+    share = shares.at_least(columns["radius"][counted], len(counted))
+    caption = f"{caption} {shares.BAND}"
+    yield Curve(name, what, "l2 radius (pixel units)", what, caption, *share, kind="step")
 
 
 def values(columns: Columns, rows: Sequence[Row]) -> Iterator[Values]:
@@ -72,17 +74,6 @@ def values(columns: Columns, rows: Sequence[Row]) -> Iterator[Values]:
 def _share(hits: np.ndarray) -> Estimate:
     """Share of images with a property."""
     return intervals.proportion_interval(int(hits.sum()), len(hits))
-
-
-def _survival(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of images whose value is at least x, for x >= 0; a negative value is none."""
-    total, values = len(values), np.sort(values[values >= 0].astype(np.float64))
-    if not len(values):
-        return np.zeros(1), np.zeros(1)
-    # Just after the i-th smallest value, len - i - 1 images are left.
-    x = np.concatenate([[0.0], values])
-    left = np.concatenate([[len(values)], len(values) - 1 - np.arange(len(values))])
-    return x, left / total
 
 
 KIND = CERTIFICATES.register(
