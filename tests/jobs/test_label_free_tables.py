@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ur_jax import data, runs
+from ur_jax import data, devices, runs
 from ur_jax.encoders import from_fn
 from ur_jax.jobs import label_free_tables as tables
 from ur_jax.jobs.label_free import EvaluationConfig, LabelFree
@@ -30,6 +30,24 @@ def test_pairs_without_a_margin_are_counted_and_said(tmp_path):
     assert "two copies" in risk.excluded
     whole = rows["overlap_risk", "l1"]
     assert (whole.n, whole.n_excluded, whole.excluded) == (5, 0, "")
+
+
+def test_the_gallery_has_who_is_near_before_and_after_the_attack(tmp_path):
+    run, rng = runs.open_run(tmp_path / "run", {}), np.random.default_rng(0)
+    clean, index = rng.normal(size=(20, 4)).astype(np.float32), np.arange(20) * 3
+    rows = [2, 7, 11]
+    attacked = clean[rows] + rng.normal(size=(3, 4)).astype(np.float32)
+    unreadable = np.empty((0, 2), "U1")
+    part = {"index": index[rows], "clean": clean[rows], "attacked": attacked}
+    run.write_part("breakaway", 0, part | {"unreadable": unreadable})
+    images = rng.random((2, 3, 3, 3), np.float32)
+    shown = {"index": index[rows[1:]], "images": images, "attacked_images": images}
+    run.write_part("gallery", 0, shown)
+    found = tables.gallery(run, {"clean": clean, "index": index}, devices.data_mesh())
+    for name, queries in (("before", clean[rows[1:]]), ("after", attacked[1:])):
+        distances = np.linalg.norm(queries[:, None] - clean[None], axis=2)
+        np.testing.assert_array_equal(found[name], index[np.argsort(distances)[:, :5]])
+    assert found["before"][:, 0].tolist() == found["index"].tolist()  # the images themselves
 
 
 def _between_levels(weight, images):

@@ -11,6 +11,7 @@ from ur_jax import data, runs
 from ur_jax.encoders import from_fn
 from ur_jax.jobs import doubts
 from ur_jax.jobs.label_free import EvaluationConfig, LabelFree
+from ur_jax.jobs.label_free_tables import strongest_curves
 from ur_jax.jobs.progress import quiet
 
 SIZE = (8, 8)
@@ -58,6 +59,10 @@ def test_the_numbers_are_those_of_the_worst_run_on_each_image(source, tmp_path):
     clean = runs.Run(tmp_path / "out").read_parts("clean")["clean"]
     pairs = np.linalg.norm(clean[:, None] - clean[None], axis=2)[np.triu_indices(len(clean), 1)]
     values = {row.metric: row for row in summary.rows}
+    [curve] = strongest_curves(tmp_path / "out", float(np.median(pairs)), 12)
+    row = values["strongest_normalised_distance"]
+    shown = [float(x[0]) for x in (curve.x, curve.value, curve.low, curve.high)]
+    np.testing.assert_allclose(shown, (12, row.value, row.low, row.high), rtol=1e-5)
     expected = np.median(list(worst.values())) / np.median(pairs)
     np.testing.assert_allclose(values["strongest_normalised_distance"].value, expected, rtol=1e-4)
     quantile = np.median([np.mean(pairs <= far) for far in worst.values()])

@@ -31,6 +31,14 @@ box.click();
 found.without = told();
 found.hidden = [...svg.querySelectorAll("[id^=c]")].filter(e => e.style.display === "none").length;
 const table = document.getElementById("all-numbers"), first = () => table.tBodies[0].rows[0];
+svg.parentElement.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape"}));
+svg.parentElement.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+found.first = figure.querySelector("output").textContent;
+svg.parentElement.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"}));
+found.last = figure.querySelector("output").textContent;
+const agreement = document.querySelector("#correlation figure.live [role=img]");
+agreement.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowDown"}));
+found.row = agreement.parentElement.querySelector("output").textContent;
 const heads = [...table.querySelectorAll("th")].map(head => head.textContent.trim());
 const place = heads.indexOf("value");
 table.querySelectorAll("th button")[place].click();
@@ -64,7 +72,7 @@ def browse(*flags):
 
 def test_in_a_browser(tmp_path):
     folder = tmp_path / "work"
-    simulated.make(folder, ("strong", "weak"), 40, 6, 30, 50)
+    simulated.make(folder, ("strong", "middle", "weak"), 40, 6, 30, 50)
     build.main(build.Config(folder))
     report = folder / "report.html"
     probed = tmp_path / "probed.html"
@@ -78,8 +86,15 @@ def test_in_a_browser(tmp_path):
     every = json.loads(text[1])
     assert sorted(found["width"] for found in every) == sorted(WIDTHS)
     for found in every:
-        assert re.match(r"attack step: \d\nweak: [\d.]+ \(.*\)\nstrong: ", found["told"])
-        assert "weak: " in found["without"] and "strong" not in found["without"]
+        line = r"[\d.]+ \([\d.]+ to [\d.]+\)"
+        told = rf"attack step: \d\nweak: {line}\nmiddle: {line}\nstrong: {line}"
+        assert re.fullmatch(told, found["told"])
+        assert "weak: " in found["without"] and "middle" not in found["without"]
+        # Keys: from the first step of the first panel back to the last step of the last one.
+        assert found["first"].startswith("attack step: 0\nstrong: ")
+        assert found["last"].startswith("attack step: 5\nstrong: ")
+        row = r"universal quantile, eps 0.05, step 5\n(probe, \w+: .* \(tau .*, n = 3\)\n?){3}"
+        assert re.fullmatch(row, found["row"])
         assert found["hidden"] == 4  # the line and the band of two panels
         assert float(found["least"]) == 0 and found["shown"] == 2 and not found["sideways"]
         assert found["requests"] == 0

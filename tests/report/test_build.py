@@ -67,9 +67,9 @@ def test_the_report_is_one_file(workdir, tmp_path, capsys):
     assert re.search(r"strong is better on \d\d of 40 images", text)
     assert METRICS["universal_quantile"].definition in text and "section 4" in text
     names = ["certified-accuracy", "certified-divergence"]
-    names += ["distance-eps-0.05", "distance-eps-0.1", "margin-ratio"]
+    names += ["distance-eps-0.05", "distance-eps-0.1", "margin-ratio", "rank-correlation"]
     assert sorted(path.stem for path in (workdir / "figures").glob("*.png")) == names
-    assert text.count("<svg") == 5 and "currentColor" in text and figures._INK not in text
+    assert text.count("<svg") == 6 and "currentColor" in text and figures._INK not in text
     assert text.count("data:image/webp") == 6
     assert "every planned stage is finished" in text
     for name in names:

@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ur_jax.stats.intervals import Estimate, mean_interval, median_interval, proportion_interval
+from ur_jax.stats.intervals import (
+    Estimate,
+    mean_interval,
+    median_interval,
+    proportion_bounds,
+    proportion_interval,
+)
 
 
 def binomial_cdf(k, n, p):
@@ -66,6 +72,7 @@ def test_proportion_ends_have_the_tail_probabilities(successes, n):
         assert binomial_cdf(successes, n, high) == pytest.approx(0.025, abs=1e-9)
     else:
         assert high == 1.0
+    np.testing.assert_allclose(np.ravel(proportion_bounds([successes], n)), (low, high), rtol=1e-9)
 
 
 @pytest.mark.parametrize("p", [0.003, 0.07, 0.5])

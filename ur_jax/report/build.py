@@ -20,24 +20,16 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
-from PIL import UnidentifiedImageError
 
 from ur_jax import runs
 from ur_jax.errors import DamagedError
 from ur_jax.jobs.progress import console
-from ur_jax.report import collect, compare, figures, page, paired
+from ur_jax.report import collect, compare, drawn, page, paired
 from ur_jax.report.compare import Compared
 from ur_jax.report.page import Block, Section
 from ur_jax.report.paired import Comparison
 from ur_jax.runs import plan
 from ur_jax.runs.summary import exclusions
-
-_PICTURES = {
-    "gallery.png": "Images, their perturbations, and the clean images nearest to the attacked "
-    "ones.",
-    "impersonations.png": "Images attacked towards the representation of the target.",
-}
-"""Files of a stage that the page shows, with their captions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +130,15 @@ def make_page(material: Material) -> page.Page:
         "moves little. Intervals are at 95 %, over images. What a measure is, its name tells under "
         "the pointer, as does “What the measures are”."
     )
-    drawn, shown = list(_curves(material)), list(_pictures(material))  # both may find problems
+    place, problems = material.workdir, material.problems  # the figures may find some
+    curves = list(drawn.curves(found, material.encoders, place / "figures", problems))
+    pictures = list(drawn.pictures(found, place, problems))
     sections = (
         *comparison(found, material.encoders),
         Section("doubts", "Can they be trusted?", list(_doubts(found))),
-        Section("curves", "Curves", drawn),
-        Section("pictures", "Pictures", shown),
-        Section("correlation", "Do they agree?", list(_correlation(found))),
+        Section("curves", "Curves", curves or [_NOTHING]),
+        Section("pictures", "Pictures", pictures or [_NOTHING]),
+        Section("correlation", "Do they agree?", list(drawn.correlation(found, place / "figures"))),
         Section("missing", "Missing", list(_missing(material))),
         Section("numbers", "All numbers", list(_numbers(found))),
         Section("origin", "Where the numbers come from", list(_origin(material))),
@@ -310,62 +304,6 @@ def _doubts(found: collect.Results) -> Iterator[Block]:
             "the strongest attack is looked for: evaluate --stages strongest.",
             "soft",
         )
-
-
-def _curves(material: Material) -> Iterator[Block]:
-    """All figures; each is also written as PNG and PDF."""
-    curves, problems = figures.gather(material.found)
-    material.problems.extend(problems)
-    for name, panels in curves.items():
-        figure = figures.draw(panels, material.encoders)
-        figures.save(figure, material.workdir / "figures" / name)
-        first = next(iter(next(iter(panels.values())).values()))
-        files = f"figures/{name}.png, figures/{name}.pdf"
-        svg = figures.to_svg(figure)  # first: it lays the figure out
-        data = figures.data_of(figure, panels, material.encoders)
-        yield page.Figure(first.caption, svg=svg, data=data, files=files)
-    if not curves:
-        yield _NOTHING
-
-
-def _pictures(material: Material) -> Iterator[Block]:
-    """Galleries of neighbours and impersonations, an encoder at a time."""
-    by_encoder: dict[str, list[Block]] = {}
-    for encoder, stage in material.found.summaries:
-        for name, caption in _PICTURES.items():
-            path = material.workdir / encoder / stage / name
-            if not path.exists():
-                continue
-            try:
-                shown = page.picture(path, f"{encoder}: {caption}")
-            except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
-                material.problems.append(f"{path} cannot be shown: {error}")
-                continue
-            by_encoder.setdefault(encoder, []).append(page.Figure(caption, picture=shown))
-    for place, (encoder, blocks) in enumerate(by_encoder.items()):
-        yield page.Fold(encoder, blocks, is_open=place == 0)
-    if not by_encoder:
-        yield _NOTHING
-
-
-def _correlation(found: collect.Results) -> Iterator[Block]:
-    """Rank correlation between measures without and with labels."""
-    pairs = list(compare.correlations(found.numbers))
-    if all(correlation is None for _, _, correlation, _ in pairs):
-        yield page.Paragraph(
-            "A rank correlation needs at least 3 encoders with both a measure without labels and "
-            "one with labels.",
-            "soft",
-        )
-        return
-    yield page.Paragraph(
-        "Spearman's rank correlation over encoders between each measure without labels (rows) and "
-        "with labels (columns), with Kendall's tau, its p-value (exact for few encoders, not "
-        "corrected for the many pairs) and the number of encoders. The sign is that of the values: "
-        "where one is robust when low and the other good when high, agreement is negative.",
-        "soft",
-    )
-    yield page.correlation_table(pairs)
 
 
 def _missing(material: Material) -> Iterator[Block]:

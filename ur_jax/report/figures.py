@@ -168,12 +168,14 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as an SVG element."""
+    """The figure as an SVG element; the page's style finds its width as `--natural`."""
     text = io.StringIO()
     with canvas.styled(STYLE):
         figure.savefig(text, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     markup = text.getvalue()
-    return markup[markup.index("<svg") :].replace(_INK, "currentColor")
+    markup = markup[markup.index("<svg") :].replace(_INK, "currentColor")
+    width = 72 * figure.get_size_inches()[0]
+    return markup.replace("<svg", f'<svg style="--natural: {width:.0f}pt"', 1)
 
 
 def data_of(figure: Figure, panels: Panels, encoders: Sequence[str]) -> dict[str, Any]:
@@ -221,8 +223,13 @@ def data_of(figure: Figure, panels: Panels, encoders: Sequence[str]) -> dict[str
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
-    """Numbers for JSON, five digits of each; None where one is not finite."""
-    return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values.tolist()]
+    """Numbers for JSON; None where one is not finite."""
+    return [rounded(v) if math.isfinite(v) else None for v in values.tolist()]
+
+
+def rounded(value: float) -> float:
+    """A number as the page has it: five digits."""
+    return float(f"{value:.5g}")
 
 
 def _identifier(curve: Curve, names: Sequence[str], name: str) -> str:
@@ -251,12 +258,17 @@ def _add_lines(axis: Axes, names: Sequence[str], curves: Mapping[str, Curve]) ->
         if curve.low is not None and curve.high is not None:
             finite = np.isfinite(curve.low) & np.isfinite(curve.high)
             axis.fill_between(
-                curve.x, curve.low, curve.high, where=finite, color=styled["color"], alpha=0.12,
-                linewidth=0, gid=f"{identifier}-band",
+                curve.x, curve.low, curve.high, where=finite, color=styled["color"],
+                alpha=_alpha(curves), linewidth=0, gid=f"{identifier}-band",
             )  # fmt: skip
     if all(np.nanmin(curve.value, initial=0.0) >= 0.0 for curve in curves.values()):
         axis.set_ylim(bottom=0.0)
     return handles
+
+
+def _alpha(curves: Mapping[str, Curve]) -> float:
+    """How opaque bands are: many of them, that lie over each other, less."""
+    return 0.12 if len(curves) <= 4 else 0.05
 
 
 def _add_steps(axis: Axes, names: Sequence[str], curves: Mapping[str, Curve]) -> dict[str, Any]:
@@ -272,7 +284,7 @@ def _add_steps(axis: Axes, names: Sequence[str], curves: Mapping[str, Curve]) ->
         if curve.low is not None and curve.high is not None:
             low, high = (np.append(end, end[-1]) for end in (curve.low, curve.high))
             axis.fill_between(
-                x, low, high, step="post", color=styled["color"], alpha=0.12, linewidth=0,
+                x, low, high, step="post", color=styled["color"], alpha=_alpha(curves), linewidth=0,
                 gid=f"{identifier}-band",
             )  # fmt: skip
     axis.set(ylim=(-0.02, 1.02), xlim=(0.0, right))
@@ -301,8 +313,8 @@ def _add_marks(
         )  # fmt: skip
         line, caps, bars = drawn.lines
         line.set_gid(identifier)
-        for artist in (*caps, *bars):
-            artist.set_gid(f"{identifier}-band")
+        for number, artist in enumerate((*caps, *bars)):
+            artist.set_gid(f"{identifier}-band-{number}")
         handles[owner(name, curve)] = line
         [series[curve.series]] = axis.plot([], [], color=_INK, marker="o", **hollow)
     return handles, series

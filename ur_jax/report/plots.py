@@ -93,23 +93,23 @@ def plot_gallery(
     rows = []
     for image, change, moved, (before, after) in zip(images, delta, attacked, neighbours):
         rows += [(image, blank, *before), (moved, 0.5 + scale * change, *after)]
-    figure, axes = _show(rows, (1.3 * (2 + num_neighbours), 1.32 * len(rows) + 0.5))
+    figure, axes = _show(rows, (2 + num_neighbours, 1.02 * len(rows) + 0.5))
     for axis in axes[::2, 1]:
         axis.set_axis_off()
     for axis, name in zip(axes[:, 0], ("image", "attacked") * num_images):
-        axis.set_ylabel(name, fontsize=9)
+        axis.set_ylabel(name, fontsize=8)
     titles = ["", f"perturbation\n(times {scale:.0f})"]
     titles += [f"neighbour {k + 1}" for k in range(num_neighbours)]
     for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=8)
     is_own = indices == own[:, None, None]
     stayed = (indices[:, 1, :, None] == indices[:, 0, None, :]).any(2) & ~is_own[:, 1]
     _frame(axes[:, 2:][is_own.reshape(len(rows), -1)], "#15803d")
-    _frame(axes[1::2, 2:][stayed], "#1d4ed8", (0, (2, 1)))
+    _frame(axes[1::2, 2:][stayed], "#1d4ed8", (0, (1.5, 1.5)))
     figure.supxlabel(
-        "Nearest clean images. Whole green frame: the image itself; dashed blue: one that was "
-        "near before the attack, too.",
-        fontsize=9,
+        "Neighbours: the nearest clean images. Whole green frame: the image itself.\n"
+        "Dashed blue frame: one that is among them before the attack, too.",
+        fontsize=8,
     )
     save_png(figure, path)
 
@@ -216,4 +216,4 @@ def _frame(axes: Sequence[Any], color: str, line: Any = "-") -> None:
     """Puts a frame around pictures."""
     for axis in axes:
         for side in axis.spines.values():
-            side.set(color=color, linewidth=3, linestyle=line)
+            side.set(color=color, linewidth=3, linestyle=line, capstyle="butt")
