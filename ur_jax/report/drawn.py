@@ -45,9 +45,11 @@ def curves(
         return
     yield page.Paragraph(
         "On a screen, values are told under the pointer, where a finger taps, and with the arrow "
-        "keys in a figure that the tab key has reached; the boxes switch encoders off. Each has "
-        "the same colour, line and marker in all figures.",
-        "soft",
+        "keys in a figure that the tab key has reached; the boxes switch encoders off.",
+        "soft screen",
+    )
+    yield page.Paragraph(
+        "An encoder has the same colour, line and marker in all figures of curves.", "soft"
     )
     for name, panels in gathered.items():
         figure = figures.draw(panels, encoders)

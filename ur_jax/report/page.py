@@ -60,7 +60,7 @@ class Paragraph(Block):
 
     Attributes:
       text: the text.
-      kind: "soft", "bad" or "".
+      kind: "soft", "bad" or ""; with " screen" behind it, it is left out on paper.
     """
 
     template: ClassVar[str] = "paragraph"

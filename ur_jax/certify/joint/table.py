@@ -132,20 +132,21 @@ def cosine_curves(columns: Columns) -> Iterator[Curve]:
     # Where that share of the images has none, -1, no value between it and another's is shown.
     found[np.quantile(cosine, levels, axis=0, method="lower") < 0] = np.nan
     low, middle, high = found
-    said = f"Robust is high. {SAID['cosine']}"
-    yield Curve(
-        "certified-cosine", "against the radius", "l2 radius / sigma", "certified cosine",
+    caption = (
         "Against the radius: the least cosine that the direction of the population's smoothed "
         "encoder keeps within it, as median over images (band: quartiles), to where so many of "
-        f"them have none. {said}", ratio, middle, low, high,
+        "them have none. At the first eps_in: share of images whose certified cosine there, the "
+        f"number reported, is at least x. {shares.BAND} Robust is high. {SAID['cosine']}"
+    )
+    yield Curve(
+        "certified-cosine", "against the radius", "l2 radius / sigma", "certified cosine", caption,
+        ratio, middle, low, high,
     )  # fmt: skip
     certified = np.stack(list(columns["cosine"]))[:, 0]
-    certified = certified[~columns["abstained"] & (certified >= 0)]
+    share = shares.at_least(certified[~columns["abstained"] & (certified >= 0)], len(cosine))
     yield Curve(
-        "certified-cosine", "at the first eps_in", "certified cosine", "share of images",
-        "At the first eps_in: share of images whose certified cosine there, the number reported, "
-        f"is at least x. {shares.BAND} {said}",
-        *shares.at_least(certified, len(cosine)), kind="step",
+        "certified-cosine", "at the first eps_in", "certified cosine", "share of images", caption,
+        *share, kind="step",
     )  # fmt: skip
 
 
