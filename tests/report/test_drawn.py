@@ -14,6 +14,7 @@ from ur_jax import runs
 from ur_jax.report import collect, drawn, figures
 from ur_jax.report.page import Figure, Paragraph
 from ur_jax.runs import Summary
+from ur_jax.types import Curve
 
 ENCODERS = ("a", "b", "c", "d", "e")
 
@@ -120,3 +121,14 @@ def test_encoders_are_told_apart_without_colour():
     assert len({(look.color, look.line) for look in looks}) == 32
     assert len({look.marker for look in looks[:8]}) == 8
     assert all(a.line != b.line for a, b in zip(looks, looks[1:]))
+
+
+def test_curves_without_a_finite_point_are_drawn_as_nothing():
+    nothing, x = np.full(3, np.nan), np.arange(3.0)
+    line = Curve("f", "p", "x", "y", "", x, nothing, nothing, nothing)
+    mark = Curve("f", "p", "x", "y", "", x, np.full(3, np.inf), kind="mark", series="more")
+    panels = {"p": {"a": line, "a, more": mark}}
+    figure = figures.draw(panels, ("a",))
+    figures.to_svg(figure)
+    curves = figures.data_of(figure, panels, ("a",))["panels"][0]["curves"]
+    assert [(c["owner"], c["value"]) for c in curves] == [("a", [None] * 3), ("a", [None] * 3)]

@@ -370,7 +370,7 @@ def _styled(names: Sequence[str], name: str, curve: Curve) -> dict[str, Any]:
     place = names.index(owner(name, curve))
     found = look(place)
     start = 0.02 + 0.025 * (place % len(_MARKERS))
-    return {
-        "color": found.color, "linestyle": found.line, "marker": found.marker, "markersize": 4,
-        "markevery": (start, 0.22),
-    }  # fmt: skip
+    marks = {"marker": found.marker, "markersize": 4, "markevery": (start, 0.22)}
+    if not np.isfinite(curve.x + curve.value).any():
+        marks = {}  # matplotlib cannot place them where there is no point
+    return {"color": found.color, "linestyle": found.line, **marks}
