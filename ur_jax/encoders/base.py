@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -174,8 +175,7 @@ def from_fn(
         raise UserError(f"Expected std > 0 in every channel, got {std}.")
     params = jax.tree_util.tree_map_with_path(_as_array, params)
     check_finite(params, name)
-    cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    params = jax.tree.map(cast, params)
+    params = _cast(params, dtype)
     encoder = Encoder(
         params=params,
         apply_fn=apply_fn,
@@ -258,7 +258,8 @@ def _as_array(path: Any, leaf: Any) -> Array:
     """A leaf of the parameters as an array."""
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float)):
         try:
-            return jnp.asarray(leaf)
+            # Not jnp.asarray, which compiles a program for each shape: seconds on a GPU.
+            return jax.device_put(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
         except TypeError:  # an array of objects or of text
             pass
     name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -266,6 +267,25 @@ def _as_array(path: Any, leaf: Any) -> Array:
         f"Expected params of arrays and numbers, got {type(leaf).__name__} {leaf!r:.40} at "
         f"{name!r}; keep what is no number in apply_fn."
     )
+
+
+def _cast(params: PyTree, dtype: str) -> PyTree:
+    """Floating-point leaves in `dtype`, by one program for all that are not."""
+    leaves, structure = jax.tree.flatten(params)
+    other = [
+        i
+        for i, leaf in enumerate(leaves)
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and (leaf.dtype != dtype or leaf.weak_type)
+    ]
+    for i, leaf in zip(other, _as_type([leaves[i] for i in other], dtype), strict=True):
+        leaves[i] = leaf
+    return structure.unflatten(leaves)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _as_type(arrays: list[Array], dtype: str) -> list[Array]:
+    """Arrays in `dtype`."""
+    return [x.astype(dtype) for x in arrays]
 
 
 def check_images(encoder: Encoder, images: AnyArray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -54,9 +55,19 @@ class Size(NamedTuple):
     num_rows: int
 
 
-@functools.lru_cache(maxsize=2)
+# Of Python's work, which is no faster in threads: they compile in parallel, and that is outside.
+_TRACING = threading.RLock()
+
+
 def make_encoder(name: str, dtype: str) -> Encoder:
     """Returns an encoder, a published one with random weights: no speed depends on them."""
+    with _TRACING:
+        return _make_encoder(name, dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _make_encoder(name: str, dtype: str) -> Encoder:
+    """The encoder, made once for the works that follow each other."""
     if name == "demo" or name not in ENCODERS:
         return loading.load_encoder(name, dtype=dtype)
     return loading.make_encoder(ENCODERS[name], random_variables(name), dtype=dtype)
@@ -316,7 +327,9 @@ def _compiled(
 ) -> Workload:
     """A jitted function of keyword arguments, compiled ahead, with what the compiler says of it."""
     started = time.perf_counter()
-    compiled = fn.lower(**dynamic, **static or {}).compile()
+    with _TRACING:
+        lowered = fn.lower(**dynamic, **static or {})
+    compiled = lowered.compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     kinds = ("argument", "output", "temp")
