@@ -42,14 +42,17 @@ def _given(folder: pathlib.Path, out: str | os.PathLike) -> tuple[str, ...]:
     return (*TINY, *given, "--out", str(out))
 
 
+def environment() -> dict[str, str]:
+    """Of a process that computes on the CPU."""
+    more = {"PYTHONPATH": str(_TESTS.parent), "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    return os.environ | more
+
+
 def start(*words: str, **more) -> subprocess.Popen:
     """Starts a program, its output on one pipe, on the CPU."""
-    environment = os.environ | {
-        "PYTHONPATH": str(_TESTS.parent), "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
-    environment |= more.pop("env", {})
+    env = environment() | more.pop("env", {})
     return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **more
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, **more
     )
 
 

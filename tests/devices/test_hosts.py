@@ -3,67 +3,56 @@
 from __future__ import annotations
 
 import json
-import os
-import pathlib
-import socket
 import subprocess
 import sys
 
+import host_worker
+import jax
 import numpy as np
+import processes
 import pytest
-import tiny_encoder
 
 from ur_jax.devices import hosts
 
-WORKER = pathlib.Path(__file__).parents[1] / "host_worker.py"
 
-
-@pytest.fixture
-def folder(tmp_path):
-    tiny_encoder.save_images(tmp_path / "images", 22)
-    tiny_encoder.save(tmp_path / "encoder")
-    return tmp_path
-
-
-def start(folder, workdir, num_hosts, die_after=0):
-    """Starts the processes; the last one dies after so many parts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = str(WORKER.parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
-    processes = []
-    for host in range(num_hosts):
-        die = die_after if host == num_hosts - 1 else 0
-        arguments = map(str, (folder, folder / workdir, host, num_hosts, port, die))
+def start(folder, workdir, die_after=0):
+    """Starts two processes; the second one dies after so many parts."""
+    port, started = processes.free_port(), []
+    for host, parts in enumerate((0, die_after)):
+        arguments = map(str, (folder, folder / workdir, host, 2, port, parts))
         log = open(folder / f"{workdir}-{host}.log", "a")
-        processes.append(
+        started.append(
             subprocess.Popen(
-                [sys.executable, str(WORKER), *arguments], stdout=log, stderr=log, env=environment
+                [sys.executable, host_worker.__file__, *arguments], stdout=log, stderr=log,
+                env=processes.environment(),
             )
-        )
-    return processes
+        )  # fmt: skip
+    return started
 
 
-def finish(folder, processes):
-    codes = [process.wait(timeout=300) for process in processes]
+def finish(folder, started):
+    codes = [process.wait(timeout=300) for process in started]
     logs = "".join(path.read_text()[-3000:] for path in folder.glob("*.log"))
     assert codes == [0] * len(codes), logs
 
 
-def test_two_processes_one_of_them_killed_and_started_again_equal_one(folder):
-    finish(folder, start(folder, "one", 1))
+def test_two_processes_one_of_them_killed_and_started_again_equal_one(tmp_path, monkeypatch):
+    folder = tmp_path
+    processes.prepare(folder)
+    with monkeypatch.context() as patch:  # as many devices as each of the two has
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:4])
+        assert host_worker.work(folder, folder / "one") == 0
     table = (folder / "one" / "RESULTS.csv").read_bytes()
     assert table.count(b"\n") > 40
 
-    survivor, victim = start(folder, "two", 2, die_after=4)
+    survivor, victim = start(folder, "two", die_after=4)
     assert victim.wait(timeout=300) == 9
     survivor.kill()
     survivor.wait()
     assert not (folder / "two" / "RESULTS.csv").exists()
     parts = folder / "two" / "tiny"
     assert list(parts.glob("*/parts/*/*.npz")) or list(parts.glob("*/*/parts/*/*.npz"))
-    finish(folder, start(folder, "two", 2))
+    finish(folder, start(folder, "two"))
     assert (folder / "two" / "RESULTS.csv").read_bytes() == table
     record = json.loads((parts / "breakaway.json").read_text())
     assert record["finished"] and record["hosts"] == 2
