@@ -45,9 +45,11 @@ def ends(words, capsys):
 def test_a_signal_ends_in_one_line_that_says_how_to_go_on(at, tmp_path):
     default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # also under nohup
     kinds = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "asked to stop")}
-    started = {}
+    started, sooner = {}, tmp_path / "sooner.py"
+    sooner.write_text("from ur_jax import endings\nendings._SECONDS = 1.0\n")
     for number in kinds:
         words = processes.evaluate(at, tmp_path / number.name, "--read-at", "1", "5000000")
+        words += ("--plugin", str(sooner))
         started[number] = processes.start(*processes.COMMAND, *words, preexec_fn=default)
     give_up = time.monotonic() + 120
     is_ready = lambda: len(list(tmp_path.glob("*/parts/clean/000002.npz"))) == len(kinds)
