@@ -11,6 +11,7 @@ import itertools
 import json
 import shutil
 import subprocess
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from ur_jax.attacks import RULES
 from ur_jax.certify import CenterConfig
 from ur_jax.data import ViewConfig, open_images
 from ur_jax.errors import UserError
-from ur_jax.jobs import JOBS, Job, Session
+from ur_jax.jobs import JOBS, Job, Session, train
 from ur_jax.jobs.attack_certificates import AttackCertificates
 from ur_jax.jobs.certify import Certify
 from ur_jax.jobs.impersonate import Impersonate, ImpersonationConfig
@@ -49,8 +50,8 @@ SETTINGS = {
         config=CenterConfig(bound="union", n0=300, n=512, alpha1=0.05, alpha2=0.05, delta=0.15),
     ),
     "attack-certificates": lambda at: AttackCertificates(
-        num_images=4, num_steps=2, batch_size=2,
-        config=CenterConfig(bound="union", n0=300, n=512, alpha1=0.05, alpha2=0.05, delta=0.15),
+        num_images=2, num_steps=2, batch_size=1,
+        config=CenterConfig(bound="union", n0=100, n=256, alpha1=0.1, alpha2=0.1, delta=0.25),
     ),
     "probe": lambda at: Probe(
         test_images=f"folder:{at / 'images'}", cached=True, training=TRAINING,
@@ -85,21 +86,32 @@ class Killed(Exception):
     pass
 
 
+@contextlib.contextmanager
+def quickly():
+    """Checkpoints of a tiny network, and without what has tests of its own and takes seconds."""
+    nothing = lambda *_: ()
+    with (
+        tiny_encoder.stands_for_demo(),
+        mock.patch.object(Job, "doubt", nothing),
+        mock.patch.object(train, "_draw_samples", nothing),
+    ):
+        yield
+
+
 @pytest.fixture(scope="module")
 def at(tmp_path_factory):
     """A folder with an encoder, two dozen images of two classes, and a probe."""
     place = tmp_path_factory.mktemp("protocol")
     tiny_encoder.save_images(place / "images", 24)
-    with tiny_encoder.stands_for_demo():
+    with quickly():
         tiny_encoder.save(place / "encoder")
         make("probe", place).run(place / "probe", progress=quiet)
     return place
 
 
 @pytest.fixture(autouse=True)
-def stands_for_demo(monkeypatch):
-    monkeypatch.setattr(Job, "doubt", lambda self: ())  # it has tests of its own, and takes seconds
-    with tiny_encoder.stands_for_demo():
+def stands_for_demo():
+    with quickly():
         yield
 
 
@@ -120,7 +132,7 @@ def results(out):
 def whole(at):
     """The runs of all jobs that nothing disturbed, {name: folder}."""
     found = {}
-    with tiny_encoder.stands_for_demo():
+    with quickly():
         for name in SETTINGS:
             found[name] = at / "whole" / name
             make(name, at).run(found[name], progress=quiet, plots=False)
@@ -235,7 +247,7 @@ def test_every_number_tells_how_many_images_it_is_without(name, at, tmp_path):
     shutil.copytree(at / "images", tmp_path / "images")
     for label in ("cat", "dog"):
         (tmp_path / "images" / label / "broken.png").write_bytes(b"no picture")
-        if name == "attack-certificates":  # of which an image takes a second
+        if name == "attack-certificates":  # of which an image takes half a second
             for path in sorted((tmp_path / "images" / label).glob("[0-9]*.png"))[2:]:
                 path.unlink()
     number = sum(1 for _ in tmp_path.glob("images/*/*.png"))
