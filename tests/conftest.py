@@ -10,11 +10,13 @@ import tempfile
 
 # Eight devices on two busy cores may wait longer for each other than the 40 s until XLA aborts.
 _FLAGS = ["--xla_cpu_collective_call_terminate_timeout_seconds=600"]
-# Most of what tests cost is compiling, and most of that is making small programs fast. Not so with
-# XLA_FLAGS=--xla_backend_optimization_level=3, which compiles them as users do.
-_LEVEL = "xla_backend_optimization_level"
+# Most of what tests cost is compiling, and most of that is making small programs fast. Not so in
+# files that use `optimised`, nor with XLA_FLAGS=--xla_backend_optimization_level=3, which compiles
+# everything as users do.
+_LEVEL, _QUICKLY = "xla_backend_optimization_level", "JAX_DISABLE_MOST_OPTIMIZATIONS"
 if _LEVEL not in os.environ.get("XLA_FLAGS", ""):
-    _FLAGS += [f"--{_LEVEL}=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    os.environ[_QUICKLY] = "1"
+    _FLAGS += [f"--{_LEVEL}=1", "--xla_cpu_parallel_codegen_split_count=1"]
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no other way
         _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
@@ -72,6 +74,14 @@ def few_programs():
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """For files whose programs run for longer than it takes to make them fast."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", os.environ.get(_QUICKLY) == "1")
 
 
 @pytest.fixture(scope="session")

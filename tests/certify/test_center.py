@@ -17,6 +17,8 @@ from ur_jax.devices import data_mesh
 from ur_jax.encoders import from_fn
 from ur_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 CONFIG = CenterConfig(n0=600, n=2000, alpha1=0.05, alpha2=0.01, delta=0.1)
 
 

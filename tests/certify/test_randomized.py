@@ -27,6 +27,8 @@ from ur_jax.certify import (
 from ur_jax.encoders import from_fn
 from ur_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 NUM_IMAGES = 24
 CONFIG = RandomizedConfig(sigma=0.25, n0=200, n=20_000, alpha=0.01, clip=False)
 

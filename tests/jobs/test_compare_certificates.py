@@ -15,6 +15,8 @@ from ur_jax.jobs import compare_certificates, compare_smoothed
 from ur_jax.jobs.compare_certificates import Config
 from ur_jax.jobs.compare_smoothed import Smoothed
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def flatten_and_multiply(params, images):
     return images.reshape(images.shape[0], -1) @ params

@@ -23,6 +23,8 @@ from ur_jax.jobs.label_free import EvaluationConfig
 from ur_jax.performance import ahead
 from ur_jax.performance.ahead import compiling
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 BATCH = {"h100": 64, "v5e:2x2": 8}  # at which a TPU's ViT compiles in half the time
 # {device: {published network: one of its widths and some of its blocks, size of images}}
 NETWORKS = {

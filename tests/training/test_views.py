@@ -43,6 +43,7 @@ augment = jax.jit(views.augment, static_argnames="config")
 color_jitter = jax.jit(ops.color_jitter)
 crop_and_resize = jax.jit(ops.crop_and_resize, static_argnames="size")
 gaussian_blur = jax.jit(ops.gaussian_blur, static_argnames="radius")
+OPTIMISED = {"xla_backend_optimization_level": 1}  # pays for thousands of views
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def measured(chunks):
     return samples
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=OPTIMISED)
 def view_statistics(images):
     """The recorded quantities of each image, and whether it lies in [0, 1]."""
     means, deviations = images.mean((1, 2)), images.std((1, 2))
@@ -280,7 +281,7 @@ def test_jitter_distribution(statistics, golden, saturation):
     images = np.broadcast_to(image, (CHUNK, *image.shape))
     jitter = sample_views(64, 64, config).jitter
     rows = [slice(start, start + CHUNK) for start in range(0, NUM_DRAWS, CHUNK)]
-    apply = jax.jit(color_jitter)
+    apply = jax.jit(ops.color_jitter, compiler_options=OPTIMISED)
     chunks = (apply(images, ops.Jitter(*(leaf[row] for leaf in jitter))) for row in rows)
     recorded = statistics["color_jitter"][f"0.4_0.4_{saturation}_0.1"]
     assert_distributed(recorded, measured(chunks))
@@ -292,7 +293,8 @@ def test_pipeline_distribution(statistics, golden, name):
     image = golden("augmentation_ops.npz")["image_64"] / np.float32(255)
     images = np.broadcast_to(image, (CHUNK, *image.shape))
     keys = jax.random.split(KEY, NUM_DRAWS // CHUNK)
-    chunks = (augment(images, key, config=config) for key in keys)
+    apply = jax.jit(functools.partial(views.augment, config=config), compiler_options=OPTIMISED)
+    chunks = (apply(images, key) for key in keys)
     assert_distributed(statistics["pipelines"][name], measured(chunks))
 
 
