@@ -17,7 +17,10 @@ from ur_jax.distances import distance, pairwise_distances
 from ur_jax.encoders.base import Encoder
 from ur_jax.types import Array
 
-_ROW_BLOCK = 128
+# Rows whose distances are in memory at once. A count per bit is a kernel: on a GPU, 128 rows are so
+# few that starting it is most of its time.
+_ROW_BLOCK = {"cpu": 128}
+_DEFAULT_ROW_BLOCK = 1024
 
 
 class Center(NamedTuple):
@@ -111,18 +114,19 @@ def median_distances(representations: Array, *, divergence: str, mesh: Mesh) -> 
 
     Returns:
       [n] float32: the ceil(n / 2)-th smallest distance, the sample itself (at 0) included. Memory
-      beyond the arguments: a block of distances, [128, n], on each device.
+      beyond the arguments: a block of distances, [1024, n], on each device ([128, n] on a CPU).
     """
     n = representations.shape[0]
-    blocks = math.ceil(n / (_ROW_BLOCK * mesh.size))
-    rows = jnp.pad(representations, ((0, blocks * _ROW_BLOCK * mesh.size - n), (0, 0)))
+    row_block = _ROW_BLOCK.get(mesh.devices.flat[0].platform, _DEFAULT_ROW_BLOCK)
+    blocks = math.ceil(n / (row_block * mesh.size))
+    rows = jnp.pad(representations, ((0, blocks * row_block * mesh.size - n), (0, 0)))
 
     def share(rows, representations):
         def block(rows):
             distances = pairwise_distances(rows, representations, divergence=divergence)
             return kth_smallest(distances, half(n))
 
-        return jax.lax.map(block, rows.reshape(blocks, _ROW_BLOCK, -1)).ravel()
+        return jax.lax.map(block, rows.reshape(blocks, row_block, -1)).ravel()
 
     medians = jax.shard_map(
         share,

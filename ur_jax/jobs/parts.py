@@ -86,9 +86,22 @@ def run_stage(
         for indices in stage.of_parts(missing)
     ]  # fmt: skip
     watched = session.progress(zip(*batches, strict=True), stage.title, len(missing))
-    for number, group in zip(missing, watched, strict=True):
-        values = jax.tree.map(np.asarray, dict(compute(*group)))
+
+    def write(number: int, group: Sequence[ImageBatch], begun: Mapping[str, Any]) -> None:
+        """Waits for a batch's values and keeps them."""
+        values = jax.tree.map(np.asarray, dict(begun))
         run.write_part(stage.name, number, _readable_rows(group, values))
+
+    # The device has the next batch before this one is written: it waits for neither disk nor host.
+    before = None
+    try:
+        for number, group in zip(missing, watched, strict=True):
+            last, before = before, (number, group, compute(*group))
+            if last is not None:
+                write(*last)
+    finally:
+        if before is not None:
+            write(*before)
 
 
 def clean_representations(
