@@ -192,7 +192,8 @@ class _Encoder:
         path = self.folder / stage / name
         path.parent.mkdir(parents=True, exist_ok=True)
         small = self.rng.integers(0, 256, (40, 60, 3)).astype(np.uint8)
-        Image.fromarray(small).resize((1560, 1260), Image.Resampling.BICUBIC).save(path)
+        large = Image.fromarray(small).resize((1560, 1260), Image.Resampling.BICUBIC)
+        large.save(path, compress_level=1)
 
     def summary(self, stage: str, rows: list[Row], job: str, **settings) -> None:
         """Writes the summary and the plan's record of a stage."""

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ur_jax.certify import RandomizedConfig, certify, noise
+from ur_jax.certify import Classifier, RandomizedConfig, certify, noise
 from ur_jax.certify.sampling import noisy_samples
+from ur_jax.encoders import from_fn
 from ur_jax.errors import UserError
 
 SHAPE = (4, 4, 3)
@@ -76,13 +77,15 @@ def test_an_encoder_built_to_tell_float_noise_defeats_it_and_not_the_grids():
     drawn = jnp.sort(x + jnp.clip(sigma * z, -1e30, 1e30))
     given = {"float": drawn, "grid": jnp.asarray(noise._GREY)}
 
-    def run(kind):
-        def classify(images):
-            values = images.reshape(len(images), -1)
-            at = jnp.clip(jnp.searchsorted(given[kind], values), 0, len(given[kind]) - 1)
-            known = (given[kind][at] == values).all(axis=1)
-            return jnp.stack([known, ~known], axis=1).astype(jnp.float32)
+    def is_given(values, images):
+        pixels = images.reshape(len(images), -1)
+        at = jnp.clip(jnp.searchsorted(values, pixels), 0, len(values) - 1)
+        known = (values[at] == pixels).all(axis=1)
+        return jnp.stack([known, ~known], axis=1).astype(jnp.float32)
 
+    def run(kind):
+        encoder = from_fn(is_given, given[kind], input_size=SHAPE[:2])
+        classify = Classifier(encoder, jnp.eye(2), jnp.zeros(2))
         config = RandomizedConfig(sigma=sigma, n=1000, noise=kind, clip=False)
         found = certify(classify, np.full(SHAPE, x), jax.random.key(0), config=config)
         moved = jnp.full((64, *SHAPE), np.round(other * 255) / 255 if kind == "grid" else other)
@@ -90,7 +93,7 @@ def test_an_encoder_built_to_tell_float_noise_defeats_it_and_not_the_grids():
         noisy = noisy_samples(
             moved, jax.random.key(1), ones, jnp.arange(64), sigma=sigma, clip=False, noise=kind
         )
-        return found, np.asarray(classify(noisy)).mean(axis=0)[0]
+        return found, np.asarray(is_given(given[kind], noisy)).mean(axis=0)[0]
 
     distance = float(other - x) * np.sqrt(48)
     certificate, still = run("float")
