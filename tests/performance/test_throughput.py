@@ -95,6 +95,14 @@ def test_a_measurement_is_recorded_and_shown_in_the_history(tmp_path, monkeypatc
         script.main(script.Config(history=True))
 
 
+def test_an_installed_package_records_nothing_in_itself(tmp_path, monkeypatch):
+    path = tmp_path / "site-packages" / "ur_jax" / "performance" / "history.jsonl"
+    monkeypatch.setattr(history, "PATH", path)
+    with pytest.raises(UserError, match="--record in a checkout"):
+        script.main(script.Config(out=tmp_path, record="nothing else running"))
+    assert not path.exists()
+
+
 def test_what_is_recorded_in_the_tree_can_be_shown():
     lines = history.read()
     assert lines and all(line["note"] for line in lines)

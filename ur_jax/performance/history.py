@@ -49,7 +49,13 @@ def line(results: Sequence[Result], context: Mapping[str, Any], note: str) -> di
 
 
 def check_note(note: str) -> None:
-    """Raises UserError for a note that says nothing."""
+    """Raises UserError for a note that says nothing, and where the history is no file of a checkout:
+    the next installation would replace it."""
+    if {"site-packages", "dist-packages"} & set(PATH.parts):
+        raise UserError(
+            f"Expected --record in a checkout of ur_jax, but this one is installed ({PATH}); keep "
+            "the throughput.json that is in --out."
+        )
     if not note.strip():
         raise UserError(
             f"Expected what else the machine was doing as --record, got {note!r}; for instance "
