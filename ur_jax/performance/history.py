@@ -49,8 +49,8 @@ def line(results: Sequence[Result], context: Mapping[str, Any], note: str) -> di
 
 
 def check_note(note: str) -> None:
-    """Raises UserError for a note that says nothing, and where the history is no file of a checkout:
-    the next installation would replace it."""
+    """Raises UserError for a note that says nothing, and in an installed package, whose history
+    the next installation would replace."""
     if {"site-packages", "dist-packages"} & set(PATH.parts):
         raise UserError(
             f"Expected --record in a checkout of ur_jax, but this one is installed ({PATH}); keep "
