@@ -14,7 +14,7 @@ import tiny_encoder
 from ur_jax import performance, runs
 from ur_jax.errors import UserError
 from ur_jax.performance import command as script
-from ur_jax.performance import history, suite, timing, work
+from ur_jax.performance import history, suite, sweeps, timing, work
 
 
 def test_workloads_are_timed_by_turns():
@@ -129,7 +129,7 @@ def test_kernels_are_counted_where_the_compilers_analysis_says_nothing(monkeypat
 
 
 def test_a_rehearsal_has_all_that_a_gpu_is_asked_for_in_little():
-    small = suite.rehearsal(performance.PRESETS["gpu"])
+    small = sweeps.rehearsal(performance.PRESETS["gpu"])
     of = lambda sweeps: {(w, d) for s in sweeps for w in s.works for d in s.dtypes}
     assert of(small) == of(performance.PRESETS["gpu"])
     sizes = [size for sweep in small for work, size in sweep.cases() if work == "u_pgd"]

@@ -7,12 +7,12 @@ import dataclasses
 import json
 import os
 
-from ur_jax.performance import suite
+from ur_jax.performance import suite, sweeps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ur_jax.performance", description=__doc__)
-    parser.add_argument("--preset", choices=suite.PRESETS, default="cpu")
+    parser.add_argument("--preset", choices=sweeps.PRESETS, default="cpu")
     parser.add_argument("--against", choices=suite.AGAINST, default="nothing")
     parser.add_argument("--budget", type=float, default=450.0, help="seconds to begin cases in")
     parser.add_argument("--compile-threads", type=int, default=1, help="programs compiled at once")
@@ -29,11 +29,11 @@ def main() -> None:
         os.replace(f"{args.out}.tmp", args.out)
         print(f"{results[-1].work}: {len(results)} measurements so far", flush=True)
 
-    sweeps = suite.PRESETS[args.preset]
+    chosen = sweeps.PRESETS[args.preset]
     if args.rehearse:
-        sweeps = suite.rehearsal(sweeps)
+        chosen = sweeps.rehearsal(chosen)
     results, context = suite.run(
-        sweeps,
+        chosen,
         against=args.against,
         budget=args.budget,
         compile_threads=args.compile_threads,
