@@ -35,3 +35,17 @@ def test_the_largest_that_fits(encoder, fn, least):
     assert 1 <= size <= 0.6 * memory / IMAGE_BYTES / least
     with pytest.raises(ValueError, match="bfloat16"):
         fit_batch_size(fn, encoder, SHAPE, largest=256, memory=100)
+
+
+def test_no_batch_beyond_what_there_are_images_for_is_compiled(encoder):
+    sizes = []
+
+    def fn(encoder, images):
+        sizes.append(len(images))
+        return encoder(images)
+
+    memory = 2**30
+    assert fit_batch_size(fn, encoder, SHAPE, largest=256, num_images=33, memory=memory) == 64
+    assert fit_batch_size(fn, encoder, SHAPE, largest=4, num_images=33, memory=memory) == 4
+    assert fit_batch_size(fn, encoder, SHAPE, largest=256, num_images=1, memory=memory) == 1
+    assert sizes == [64, 4, 1]

@@ -170,12 +170,12 @@ def test_clean_representations_are_shared_between_runs(source, finished, tmp_pat
 
 def test_the_batch_size_is_found_and_kept_for_a_run_that_goes_on(source, tmp_path, monkeypatch):
     unknown = dataclasses.replace(job(source, batch_size=None, num_images=20), stages=("overlap",))
-    monkeypatch.setattr(label_free_sizes.memory, "fit_batch_size", lambda *_: 64)
+    monkeypatch.setattr(label_free_sizes.memory, "fit_batch_size", lambda *_, **__: 64)
     with pytest.warns(UserWarning, match="06.png"):
         first = unknown.run(tmp_path / "out", progress=quiet, plots=False)
     # 20 images are 3 for each of 8 devices.
     assert first.identity["protocol"]["batch_size"] == 24
-    monkeypatch.setattr(label_free_sizes.memory, "fit_batch_size", lambda *_: 1)
+    monkeypatch.setattr(label_free_sizes.memory, "fit_batch_size", lambda *_, **__: 1)
     assert unknown.run(tmp_path / "out", progress=quiet, plots=False) == first
     with pytest.warns(UserWarning, match="06.png"):
         other = unknown.run(tmp_path / "other", progress=quiet, plots=False)

@@ -16,6 +16,8 @@ from ur_jax.types import Array, PyTree
 _MEMORY_SHARE = 0.6
 _LARGEST_BATCH = {"cpu": 64}  # a larger one leaves the cache and is slower
 _DEFAULT_LARGEST_BATCH = 4096
+# To read the memory off a program its kernels need not be tried: on a GPU that takes a minute.
+_COMPILER_OPTIONS: dict[str, Any] = {"gpu": {"xla_gpu_autotune_level": 0}}
 
 
 def fit_batch_size(
@@ -24,6 +26,7 @@ def fit_batch_size(
     image_shape: tuple[int, int, int],
     *,
     largest: int | None = None,
+    num_images: int | None = None,
     memory: int | None = None,
 ) -> int:
     """Chooses the images per device of a forward pass, an attack or the like from its memory.
@@ -37,6 +40,7 @@ def fit_batch_size(
       operand: what fn needs besides, e.g. the encoder.
       image_shape: H, W, C.
       largest: batch size to begin with, a power of two; by default 64 on a CPU, else 4096.
+      num_images: of a device; no batch beyond the next power of two is tried.
       memory: bytes of one device; by default what the device reports, on a CPU the machine's
         memory divided by its devices.
 
@@ -49,10 +53,13 @@ def fit_batch_size(
     device = jax.local_devices()[0]
     if largest is None:
         largest = _LARGEST_BATCH.get(device.platform, _DEFAULT_LARGEST_BATCH)
+    if num_images is not None:
+        largest = min(largest, 1 << (num_images - 1).bit_length())
 
     def compiled(size: int) -> Any:
         images = jax.ShapeDtypeStruct((size, *image_shape), jnp.float32)
-        return jax.jit(fn).lower(operand, images).compile()
+        lowered = jax.jit(fn).lower(operand, images)
+        return lowered.compile(compiler_options=_COMPILER_OPTIONS.get(device.platform))
 
     return largest_batch(compiled, memory=memory or _device_memory(device), largest=largest)
 

@@ -49,8 +49,9 @@ def fit_batch_size(
         encoder, images, jax.random.key(0), config=attack,
         bank=jnp.ones((8, encoder.dimension)) if config.needs_bank else None,
     )  # fmt: skip
-    most = memory.fit_batch_size(attacked, encoder, (*encoder.input_size, 3))
-    return mesh.size * min(most, math.ceil(config.num_images / (num_hosts * mesh.size)))
+    share = math.ceil(config.num_images / (num_hosts * mesh.size))
+    most = memory.fit_batch_size(attacked, encoder, (*encoder.input_size, 3), num_images=share)
+    return mesh.size * min(most, share)
 
 
 def check_fits(config: EvaluationConfig, num_images: int, mesh: Mesh) -> None:
