@@ -11,7 +11,7 @@ from given_images import UNREADABLE, flat, write_images
 from PIL import UnidentifiedImageError
 
 from ur_jax import data
-from ur_jax.data import reading
+from ur_jax.data import batches, reading
 
 SMALL: dict[str, Any] = {"input_size": (8, 12), "preparation": "resize"}
 
@@ -231,3 +231,11 @@ def test_what_does_not_decode_is_no_fault_of_the_storage(hasty):
         assert source.tries == 1 and sum(batch.mask.sum() for batch in batches) == 7
     with pytest.raises(MemoryError):  # says nothing about the image either
         list(data.image_batches(Flaky(99, MemoryError()), range(8), batch_size=4, **SMALL))
+
+
+@pytest.mark.parametrize(
+    "cores, size, threads", [(2, 224, 4), (16, 224, 16), (64, 32, 32), (64, 224, 27)]
+)
+def test_a_thread_for_each_core_as_far_as_their_batches_fit(cores, size, threads, monkeypatch):
+    monkeypatch.setattr(batches.os, "cpu_count", lambda: cores)
+    assert batches._num_threads(256 * 3 * size**2) == threads

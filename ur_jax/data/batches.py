@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import grain
 
 _LARGEST_BATCH = 4096  # that there may be for fewer images
+_FEW_THREADS = 4  # on any machine: some wait for the disk
+_MANY_THREADS = 32  # beyond them they wait for Python
+_BUFFERED = 2**30  # bytes of loaded batches beyond those of the few
 
 
 class Unreadable(NamedTuple):
@@ -296,7 +299,7 @@ def _dataset(
     num_workers = min(num_workers, num_batches - start)  # more would start for nothing
     # Pillow releases the interpreter lock, so threads help a lone process; inside workers they only
     # contend. The buffer is counted in batches.
-    threads = 1 if num_workers else 4
+    threads = 1 if num_workers else _num_threads(batch_size * 3 * math.prod(input_size))
     dataset = grain.MapDataset.source(batches).to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
@@ -305,6 +308,12 @@ def _dataset(
             flags.FLAGS.mark_as_parsed()  # Grain's processes ask absl, which only absl.app runs
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return dataset
+
+
+def _num_threads(nbytes: int) -> int:
+    """Threads that load batches of so many bytes: one per core, of which each holds a batch."""
+    most = max(_FEW_THREADS, min(_MANY_THREADS, os.cpu_count() or 1))
+    return min(most, max(_FEW_THREADS, _BUFFERED // nbytes))
 
 
 def checked_indices(source: ImageSource, indices: Sequence[int] | np.ndarray) -> np.ndarray:
