@@ -37,7 +37,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 typed_calls.install()
 
 _MANY_MAPS = 15_000
-_LONGEST = ("recorded", "parity", "hosts", "protocol", "training", "launchers", "gates", "cli")
+_LONGEST = ("parity", "recorded", "protocol", "training", "hosts", "cli", "launchers", "gates")
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
