@@ -6,7 +6,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import pathlib
+import signal
 import tempfile
+
+# Ctrl-C is ignored in what a shell starts in the background, and by all that this starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Eight devices on two busy cores may wait longer for each other than the 40 s until XLA aborts.
 _FLAGS = ["--xla_cpu_collective_call_terminate_timeout_seconds=600"]
