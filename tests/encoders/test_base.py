@@ -256,6 +256,16 @@ def test_params_may_be_numbers():
     assert len(traces) == 1
 
 
+def test_later_changes_of_an_array_of_numpys_change_no_encoder():
+    memory = np.ones(2**20 + 64, np.float32)
+    for first in range(16):  # JAX keeps an array's memory as its own where it lies well for it
+        weights = memory[first : first + 2**20]
+        encoder = from_fn(lambda w, x: x.mean((1, 2)) * w[:3], weights, input_size=SIZE)
+        weights[:] = 2.0
+        assert float(encoder.params.max()) == 1.0
+        weights[:] = 1.0
+
+
 _GATE = [
     (lambda x: x * np.nan, "NaN or infinity"),
     (lambda x: x.at[1, 2, 3, 0].set(np.nan), "NaN or infinity"),

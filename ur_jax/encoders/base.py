@@ -259,7 +259,9 @@ def _as_array(path: Any, leaf: Any) -> Array:
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float)):
         try:
             # Not jnp.asarray, which compiles a program for each shape: seconds on a GPU.
-            return jax.device_put(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
+            # A copy of NumPy's, whose memory JAX may keep: later changes of it change no encoder.
+            is_numpy = isinstance(leaf, np.ndarray)
+            return jax.device_put(np.array(leaf)) if is_numpy else jnp.asarray(leaf)
         except TypeError:  # an array of objects or of text
             pass
     name = jax.tree_util.keystr(path, simple=True, separator="/")
