@@ -111,7 +111,7 @@ def read(workdir: Path) -> Material:
         except (ValueError, KeyError, TypeError) as error:
             problems.append(f"{path} is no plan ({error!r}): repeat the benchmark's command.")
     places = {*found.summaries, *found.damaged}
-    places |= {(encoder, stage) for encoder, plan in planned.items() for stage in plan["stages"]}
+    places |= {(encoder, stage) for encoder, each in planned.items() for stage in each["stages"]}
     records = {place: plan.read_record(workdir.joinpath(*place)) for place in sorted(places)}
     return Material(workdir, found, planned, records, problems)
 
