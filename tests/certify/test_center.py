@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ur_jax.certify import CenterConfig, center_smoothing, certify, eps_out_from_counts
+from ur_jax.certify import CenterConfig, center_smoothing, certify, enclosing, eps_out_from_counts
 from ur_jax.certify.enclosing import median_distances
 from ur_jax.devices import data_mesh
 from ur_jax.encoders import from_fn
@@ -157,6 +157,20 @@ def test_medians_equal_a_plain_sort(divergence):
         mesh = data_mesh(jax.devices()[:num_devices])
         medians = median_distances(jnp.asarray(points), divergence=divergence, mesh=mesh)
         np.testing.assert_allclose(medians, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num, devices, shape", [(301, 1, (1, 384)), (2500, 2, (2, 640))])
+def test_medians_in_the_blocks_of_a_gpu(num, devices, shape, monkeypatch):
+    """Of as few rows as all devices need, and the same."""
+    monkeypatch.setattr(enclosing, "_ROW_BLOCK", {})
+    points = np.random.default_rng(1).standard_normal((num, 3)).astype(np.float32)
+    mesh = data_mesh(jax.devices()[:devices])
+    medians = jax.jit(lambda x: median_distances(x, divergence="l2", mesh=mesh))
+    distances = np.linalg.norm(points[:, None].astype(np.float64) - points, axis=2)
+    expected = np.sort(distances, axis=1)[:, (num + 1) // 2 - 1]
+    np.testing.assert_allclose(medians(points), expected, rtol=1e-5)
+    blocks, rows = shape
+    assert f"f32[{blocks},{rows},3]" in str(jax.make_jaxpr(medians)(points))
 
 
 def test_the_ball_that_is_too_small_makes_it_abstain(isometric):

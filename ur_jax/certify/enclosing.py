@@ -17,10 +17,10 @@ from ur_jax.distances import distance, pairwise_distances
 from ur_jax.encoders.base import Encoder
 from ur_jax.types import Array
 
-# Rows whose distances are in memory at once. A count per bit is a kernel: on a GPU, 128 rows are so
-# few that starting it is most of its time.
+# Rows whose distances are in memory at once, at most, and what they are a multiple of. A count per
+# bit is a kernel: on a GPU, 128 rows are so few that starting it is most of its time.
 _ROW_BLOCK = {"cpu": 128}
-_DEFAULT_ROW_BLOCK = 1024
+_DEFAULT_ROW_BLOCK, _ROWS = 1024, 128
 
 
 class Center(NamedTuple):
@@ -114,11 +114,13 @@ def median_distances(representations: Array, *, divergence: str, mesh: Mesh) -> 
 
     Returns:
       [n] float32: the ceil(n / 2)-th smallest distance, the sample itself (at 0) included. Memory
-      beyond the arguments: a block of distances, [1024, n], on each device ([128, n] on a CPU).
+      beyond the arguments: a block of distances on each device, [128, n] on a CPU and at most
+      [1024, n] elsewhere.
     """
     n = representations.shape[0]
-    row_block = _ROW_BLOCK.get(mesh.devices.flat[0].platform, _DEFAULT_ROW_BLOCK)
-    blocks = math.ceil(n / (row_block * mesh.size))
+    most = _ROW_BLOCK.get(mesh.devices.flat[0].platform, _DEFAULT_ROW_BLOCK)
+    blocks = math.ceil(n / (most * mesh.size))
+    row_block = _ROWS * math.ceil(n / (blocks * mesh.size * _ROWS))  # no more padding than that
     rows = jnp.pad(representations, ((0, blocks * row_block * mesh.size - n), (0, 0)))
 
     def share(rows, representations):

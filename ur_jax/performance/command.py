@@ -49,6 +49,8 @@ class Config:
     """Timed runs of each implementation."""
     budget: float = float("inf")
     """Seconds after which no further case begins."""
+    compile_threads: int = 1
+    """More than one: programs are compiled before the first case, so many at once; for GPUs."""
     results: Path | None = None
     """A throughput.json measured elsewhere: shows it and draws its plot, and measures nothing."""
     record: str | None = None
@@ -73,7 +75,7 @@ def main(config: Config) -> None:
         show_history()
         return
     if config.record is not None:
-        history.check_note(config.record)
+        history.check_record(config.record)
     if config.results is not None:
         measured = read(config.results)
         show(config, *measured)
@@ -86,8 +88,9 @@ def main(config: Config) -> None:
         Console().print(f"{results[-1].work}: {len(results)} measurements so far")
 
     measured = performance.run(
-        sweeps(config), against=config.against, budget=config.budget, on_results=write
-    )
+        sweeps(config), against=config.against, budget=config.budget,
+        compile_threads=config.compile_threads, on_results=write,
+    )  # fmt: skip
     show(config, *measured)
     record(config, *measured)
 

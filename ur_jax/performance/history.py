@@ -39,7 +39,7 @@ def line(results: Sequence[Result], context: Mapping[str, Any], note: str) -> di
     Raises:
       UserError: for an empty note, or nothing measured.
     """
-    check_note(note)
+    check_record(note)
     if not results:
         raise UserError("Expected something measured to record, got no results.")
     commit = runs.provenance()["commit"]
@@ -48,7 +48,7 @@ def line(results: Sequence[Result], context: Mapping[str, Any], note: str) -> di
     return {**known, "commit": commit, "note": " ".join(note.split()), "results": kept}
 
 
-def check_note(note: str) -> None:
+def check_record(note: str) -> None:
     """Raises UserError for a note that says nothing, and in an installed package, whose history
     the next installation would replace."""
     if {"site-packages", "dist-packages"} & set(PATH.parts):
