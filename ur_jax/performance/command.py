@@ -23,7 +23,7 @@ from ur_jax import performance, runs
 from ur_jax.encoders import loading
 from ur_jax.encoders.zoo import ENCODERS
 from ur_jax.errors import NotFoundError, UserError
-from ur_jax.performance import history
+from ur_jax.performance import history, suite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ def main(config: Config) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if not config.budget > 0:
         raise UserError(f"Expected a budget > 0 s, got {config.budget}.")
+    suite.check_threads(config.compile_threads)
     for encoder in config.encoders:
         if encoder not in ENCODERS:  # one of one's own, before the others are measured
             loading.load_encoder(encoder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -97,8 +98,7 @@ def run(
     mesh = data_mesh()
     for _, size, _ in cases:
         check_divisible(size.batch_size, mesh)
-    if compile_threads < 1:
-        raise UserError(f"Expected compile_threads >= 1, got {compile_threads}.")
+    check_threads(compile_threads)
     others = lambda name, size: []
     if against == "torch":
         from ur_jax.performance import torch_work
@@ -130,6 +130,16 @@ def run(
         context["peak_host_memory_bytes"] = _peak_host_memory()
         on_results(results, context)
     return results, context
+
+
+def check_threads(compile_threads: int) -> None:
+    """Raises UserError for no thread, or more than this machine has cores; four are always fine."""
+    most = max(4, os.cpu_count() or 1)
+    if not 1 <= compile_threads <= most:
+        raise UserError(
+            f"Expected compile_threads >= 1 and at most {most} on this machine, got "
+            f"{compile_threads}."
+        )
 
 
 def _fitting(others, name: str, size: work.Size, label: str, left_out: list[str]):
