@@ -294,7 +294,7 @@ def test_training_goes_on_from_a_converted_file(tmp_path, tiny):
 
 
 def test_the_robust_demo_encoder_moves_less():
-    """Both encoders that ship load, and the fine-tuned one moves less under U-PGD, relatively."""
+    """All encoders that ship load, and the fine-tuned ones move less under U-PGD, relatively."""
     images = jnp.asarray(reference_rules.images(32, 32, range(8)))
     config = AttackConfig(eps=0.05, step_size=0.01, num_steps=5)
 
@@ -306,4 +306,5 @@ def test_the_robust_demo_encoder_moves_less():
         between = np.median(np.linalg.norm(clean[:4] - clean[4:], axis=1))
         return np.median(np.linalg.norm(result.representations - clean, axis=1)) / between
 
-    assert moved("demo-robust") < 0.75 * moved("demo")
+    weak = moved("demo")
+    assert all(moved(name) < 0.75 * weak for name in ("demo-robust", "demo-robust-v1"))

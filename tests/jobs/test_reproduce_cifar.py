@@ -100,6 +100,11 @@ def test_the_full_size_is_a_preset_of_its_own(data, tmp_path):
     certificates = reproduce_cifar.measured(config).certificates
     assert certificates.randomized.radii[1:] == (0.1, 0.25, 0.5, 0.75)
     assert (certificates.num_images, certificates.randomized.n) == (500, 100_000)
+    quarter = cli.parse(command, ["--preset", "quarter", *words[2:]])
+    assert quarter.fine_tunings == reproduce_cifar.PRESETS["full"].fine_tunings
+    assert (4 * quarter.num_train, quarter.num_epochs) == (45_000, 5)
+    smaller = quarter.benchmark.certificates
+    assert smaller.randomized == dataclasses.replace(certificates.randomized, n=10_000)
     with pytest.raises(UserError, match="'fair'; did you mean 'fare'"):
         reproduce_cifar.training(config, "fair")
     with pytest.raises(UserError, match="lore@RHO with a number above 0, got 'lore@x'"):

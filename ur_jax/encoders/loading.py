@@ -30,7 +30,7 @@ from ur_jax.errors import NotFoundError, UserError, unknown_name
 from ur_jax.types import PyTree
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
-_PACKAGED = ("demo", "demo-robust")
+_PACKAGED = ("demo", "demo-robust", "demo-robust-v1")
 
 
 def packaged() -> tuple[str, ...]:

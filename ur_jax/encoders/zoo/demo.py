@@ -1,4 +1,4 @@
-"""The two encoders that ship with the package."""
+"""The encoders that ship with the package."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ _DEMO = register(
     )
 )
 
-register(
-    dataclasses.replace(
-        _DEMO,
-        name="demo-robust",
-        title="the demo encoder, adversarially fine-tuned",
-        reference="made by experiments/reproduce_cifar.py",
+for _name in ("demo-robust", "demo-robust-v1"):
+    register(
+        dataclasses.replace(
+            _DEMO,
+            name=_name,
+            title="the demo encoder, adversarially fine-tuned",
+            reference="made by experiments/reproduce_cifar.py",
+        )
     )
-)
