@@ -30,11 +30,12 @@ from ur_jax.errors import NotFoundError, UserError, unknown_name
 from ur_jax.types import PyTree
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
-_PACKAGED = ("demo", "demo-robust", "demo-robust-v1")
+_PACKAGED = ("demo", "demo-robust")
+_SHIPPED = (*_PACKAGED, "demo-robust-v1")  # and those whose numbers are quoted
 
 
 def packaged() -> tuple[str, ...]:
-    """Names of the encoders that ship with the package."""
+    """Names of the encoders that ship with the package, without earlier versions."""
     return _PACKAGED
 
 
@@ -200,7 +201,7 @@ def is_loadable(path: str | os.PathLike) -> bool:
     """Whether there is something that `load_encoder` may take: a path, a place, or what ships."""
     location = os.fspath(path)
     return (
-        location in _PACKAGED
+        location in _SHIPPED
         or "://" in location
         or os.path.exists(location)
         or factories.is_place(location)
@@ -220,7 +221,7 @@ def is_own(path: str | os.PathLike) -> bool:
 
 def _located(location: str) -> str:
     """Where an encoder lies; the name of one that ships stands for its folder."""
-    return str(_PRETRAINED / location) if location in _PACKAGED else location
+    return str(_PRETRAINED / location) if location in _SHIPPED else location
 
 
 def _is_directory(location: str) -> bool:
@@ -439,7 +440,7 @@ def _nothing_at(path: str) -> str:
             f"({spec.url}) and pass it as path, with name={path!r}."
         )
     packaged = ", ".join(_PACKAGED)
-    near = difflib.get_close_matches(path, (*_PACKAGED, *ENCODERS), n=2, cutoff=0.5)
+    near = difflib.get_close_matches(path, (*_SHIPPED, *ENCODERS), n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else "."
     return (
         f"There is no checkpoint or file at {path}{hint} Expected an existing path, a function of "
