@@ -293,6 +293,14 @@ def test_training_goes_on_from_a_converted_file(tmp_path, tiny):
     np.testing.assert_array_equal(*(encoder(IMAGES) for encoder in both))
 
 
+@pytest.mark.parametrize("name", loading._SHIPPED)
+def test_what_ships_is_what_its_checkpoint_lists(name):
+    """And nothing that Orbax wrote of the place where it was made."""
+    folder = loading._PRETRAINED / name
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {"files.json", *json.loads((folder / "files.json").read_text())["files"]}
+
+
 def test_the_robust_demo_encoder_moves_less():
     """All encoders that ship load, and the fine-tuned ones move less under U-PGD, relatively."""
     images = jnp.asarray(reference_rules.images(32, 32, range(8)))

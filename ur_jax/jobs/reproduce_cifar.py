@@ -11,7 +11,7 @@ dogs. A killed run goes on where it stopped.
 --preset full is the whole of it: five epochs of 45,000 images (the other 5,000 are held out, for
 choices), LORE too, 500 certified images with adaptive tests of up to 100,000 samples at the radii
 0.1, 0.25, 0.5 and 0.75, the certificates of the other smoothed encoders, 256 images impersonated in
-each direction. It has not been run: it takes a day or two on two cores. --preset quarter, of a
+each direction. It has not been run: it takes days on two cores. --preset quarter, of a
 quarter of these images, a tenth of the samples and one smoothed encoder, has: two hours.
 
 Writes WORKDIR/training/NAME/encoder, the benchmark's folders, RESULTS.csv, report.html, figures/
@@ -49,7 +49,7 @@ class Config:
     workdir: Path = tyro.MISSING
     """Folder of the results; a run that stopped there goes on."""
     preset: str = "small"
-    """small (about an hour on two cores), quarter (two) or full (a day or two)."""
+    """small (about an hour on two cores), quarter (two) or full (days)."""
     fine_tunings: tuple[str, ...] = ("untargeted", "targeted", "loss", "fare")
     """Attacks of MoCo v2, and fare, lore, simclip; lore@0.02 with another rho, and fare-noise with
     noise on its views, as of the last three."""

@@ -23,6 +23,7 @@ import numpy as np
 
 from ur_jax import data, runs
 from ur_jax.data import CachedImages, ImageBatch, ImageSource
+from ur_jax.errors import UserError
 from ur_jax.jobs import parts
 from ur_jax.jobs.base import Session
 
@@ -92,7 +93,18 @@ def busy(
       input_size, preparation: see `data.prepare`.
       num_images: evenly spaced ones; all by default.
       batch_size: images per batch.
+
+    Raises:
+      UserError: for a rate that is not positive, or a single batch, before which nothing waits.
     """
+    if not device_rate > 0:
+        raise UserError(f"Expected a device_rate > 0 images/s, got {device_rate}.")
+    indices = data.evenly_spaced(len(source), num_images or len(source))
+    if len(indices) <= batch_size:
+        raise UserError(
+            f"Expected more images than one batch of {batch_size}, got {len(indices)}: a device "
+            "waits between batches."
+        )
     spans = []
 
     def computed(images: np.ndarray) -> np.ndarray:
@@ -102,7 +114,6 @@ def busy(
         spans.append((began, time.perf_counter()))
         return images[:, 0, :, 0]
 
-    indices = data.evenly_spaced(len(source), num_images or len(source))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as device:
 
         def compute(batch: ImageBatch) -> dict[str, _Begun]:
@@ -146,7 +157,10 @@ def main() -> None:
         plain, written, read = (rate(each, **how) for each in (source, kept, kept))
         if args.device_rate is not None:
             for name, each in (("decoded", source), ("from a cache", kept)):
-                share = busy(each, device_rate=args.device_rate, **how)
+                try:
+                    share = busy(each, device_rate=args.device_rate, **how)
+                except UserError as error:
+                    parser.error(str(error))
                 print(f"{name}: a device of {args.device_rate:g} images/s computes {share:.0%}")
     for name, found in (("decoded", plain), ("into a cache", written), ("from it", read)):
         print(
